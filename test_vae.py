@@ -1,0 +1,60 @@
+"""The VAE agrees with the official one, walks through time in constant memory, and refuses what it cannot encode."""
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from files import InputError
+from testdata.golden import agree, draw, fill_
+from vae import WanVAE
+
+
+def golden(name):
+    with safe_open(f"testdata/golden/{name}.safetensors", framework="pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
+
+
+@pytest.mark.parametrize("name", ["vae_wan21", "vae_wan21_one_frame"])
+def test_official_values(name):
+    values, meta = golden(name)
+    seed = int(meta["seed"])
+    vae = WanVAE(dim=8)
+    fill_(vae.state_dict(), seed)
+    video = (0.5 * draw(json.loads(meta["shape"]), seed + 1)).clamp(-1, 1)
+    z = vae.encode(video)
+    assert agree(z, values["z"], 1e-5)
+    assert agree(vae.decode(values["z"]), values["decode_z"], 1e-5)
+    noise = draw(z.shape, seed + 2).requires_grad_()
+    decoded = vae.decode(noise)
+    assert agree(decoded, values["decode_random"], 1e-5)
+    (decoded * draw(decoded.shape, seed + 3)).sum().backward()
+    assert agree(noise.grad, values["grad_random"], 1e-4)
+
+
+def test_names_and_shapes_are_the_official_ones():
+    with torch.device("meta"):
+        ours = {name: list(tensor.shape) for name, tensor in WanVAE().state_dict().items()}
+    with open("testdata/manifests/Wan2.1_VAE.pth.json") as file:
+        assert ours == {name: shape for name, (_, shape) in json.load(file).items()}
+
+
+def test_the_past_does_not_depend_on_the_future():
+    vae = WanVAE(dim=8).requires_grad_(False)
+    long = torch.rand(1, 3, 13, 16, 16) * 2 - 1
+    assert torch.allclose(vae.encode(long)[:, :, :3], vae.encode(long[:, :, :9]), atol=1e-5)
+    z = torch.randn(1, 16, 4, 2, 2)
+    assert torch.allclose(vae.decode(z)[:, :, :9], vae.decode(z[:, :, :3]), atol=1e-5)
+
+
+def test_pth_round_trip(tmp_path):
+    vae = WanVAE(dim=8)
+    torch.save(vae.state_dict(), tmp_path / "vae.pth")
+    loaded = WanVAE.from_pretrained(tmp_path / "vae.pth")
+    assert all(torch.equal(a, b) for a, b in zip(vae.state_dict().values(), loaded.state_dict().values()))
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 4, 16, 16), (1, 3, 5, 16, 12)])
+def test_refuses_what_it_cannot_encode(shape):
+    with pytest.raises(InputError, match="1 \\+ 4n frames"):
+        WanVAE(dim=8).encode(torch.zeros(shape))
