@@ -1,0 +1,333 @@
+"""The Wan diffusion transformer, every variant: Wan2.1 T2V, I2V, FLF2V and Wan2.2 T2V, I2V, TI2V.
+
+It takes noisy latents x_t, a timestep t in [0, 1000] and a text (and image) condition, and returns the velocity
+noise - clean. Parameter names are those of the official checkpoints, which load and save here directly.
+
+What stays in float32 when the weights are bf16: the time embedding and its projection, every modulation, the norms,
+the rotary angles, the head and the residual stream. Only the large matrix products and the attention are bf16.
+"""
+from dataclasses import MISSING, dataclass, fields
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+from files import InputError, load_weights, read_json, save_weights, weight_shapes
+
+PATCH = (1, 2, 2)  # frames, rows, columns of a token
+CLIP_DIM = 1280
+
+
+@dataclass
+class WanConfig:
+    """The fields of an official config.json, and three that it leaves out."""
+    model_type: str  # t2v, i2v, flf2v or ti2v
+    dim: int
+    ffn_dim: int
+    freq_dim: int
+    in_dim: int
+    out_dim: int
+    num_heads: int
+    num_layers: int
+    text_len: int = 512
+    eps: float = 1e-6
+    text_dim: int = 4096
+    use_clip: bool | None = None  # image tokens in cross-attention; None: i2v and flf2v have them
+
+    def __post_init__(self):
+        if self.model_type not in ("t2v", "i2v", "flf2v", "ti2v"):
+            raise InputError(f"model_type is {self.model_type!r}; expected t2v, i2v, flf2v or ti2v")
+        if self.use_clip is None:
+            self.use_clip = self.model_type in ("i2v", "flf2v")
+
+    @classmethod
+    def from_dict(cls, values, source="the configuration"):
+        known = {field.name for field in fields(cls)}
+        missing = [field.name for field in fields(cls) if field.default is MISSING and field.name not in values]
+        if missing:
+            raise InputError(f"{source} lacks {', '.join(missing)}; expected the config.json of an official Wan transformer")
+        return cls(**{key: value for key, value in values.items() if key in known})
+
+    def official(self):
+        """The content of config.json. text_dim is written only where it is not the official one."""
+        names = ["model_type", "dim", "ffn_dim", "freq_dim", "in_dim", "num_heads", "num_layers", "out_dim", "text_len", "eps"]
+        values = {"_class_name": "WanModel", "_diffusers_version": "0.33.0", **{name: getattr(self, name) for name in names}}
+        return values if self.text_dim == 4096 else {**values, "text_dim": self.text_dim}
+
+
+# ---------------------------------------------------------------------------------------------- pieces
+
+class Linear32(nn.Linear):
+    """A linear layer that computes in float32 whatever its weights are stored in."""
+
+    def forward(self, x):
+        return F.linear(x.float(), self.weight.float(), self.bias.float())
+
+
+class LayerNorm32(nn.LayerNorm):
+    """A layer norm that computes in float32 and returns it."""
+
+    def forward(self, x):
+        weight, bias = (None, None) if self.weight is None else (self.weight.float(), self.bias.float())
+        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis, in float32, returned in x's dtype."""
+
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+def timestep_embedding(t, dim):
+    """[cos, sin] of t times the frequencies 10000^(-i / half): (...) -> (..., dim), computed in float64."""
+    half = dim // 2
+    frequencies = 10000 ** -(torch.arange(half, dtype=torch.float64, device=t.device) / half)
+    angles = t.double()[..., None] * frequencies                       # (..., half)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1).float()
+
+
+@lru_cache(maxsize=16)
+def rotary_table(grid, head_dim, device):
+    """(cos, sin), each (L, 1, head_dim / 2), of the angles of every token of a (frames, rows, columns) grid.
+
+    The head's channel pairs are shared out among frame, row and column; an axis with n channels has the frequencies
+    10000^(-2j / n). Angles in float64, kept in float32.
+    """
+    channels = (head_dim - 4 * (head_dim // 6), 2 * (head_dim // 6), 2 * (head_dim // 6))
+    angles = []
+    for axis, (length, n) in enumerate(zip(grid, channels)):
+        frequencies = 10000 ** -(torch.arange(0, n, 2, dtype=torch.float64) / n)
+        shape = [1, 1, 1, n // 2]
+        shape[axis] = length
+        angles.append(torch.outer(torch.arange(length).double(), frequencies).view(shape).expand(*grid, -1))
+    angles = torch.cat(angles, dim=-1).reshape(-1, 1, head_dim // 2)   # (L, 1, head_dim / 2)
+    return angles.cos().float().to(device), angles.sin().float().to(device)
+
+
+def rotate(x, cos, sin):
+    """Turn each adjacent pair of channels of x (B, L, heads, head_dim) by its token's angle, in float32."""
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)                 # (B, L, heads, head_dim / 2)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
+
+
+def attention(q, k, v):
+    """softmax(q k^T / sqrt(head_dim)) v for (B, L, heads, head_dim), without a mask."""
+    q, k, v = (rearrange(x, "b l h d -> b h l d") for x in (q, k, v))
+    return rearrange(F.scaled_dot_product_attention(q, k, v), "b h l d -> b l (h d)")
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, dim, num_heads, eps):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)  # over all heads together
+
+    def heads(self, x):
+        return rearrange(x, "b l (h d) -> b l h d", h=self.num_heads)
+
+    def forward(self, x, rotary):
+        q = rotate(self.heads(self.norm_q(self.q(x))), *rotary)        # (B, L, heads, head_dim)
+        k = rotate(self.heads(self.norm_k(self.k(x))), *rotary)
+        return self.o(attention(q, k, self.heads(self.v(x))))          # (B, L, D)
+
+
+class CrossAttention(SelfAttention):
+    """Attention to the text and, where the model has them, to image tokens with keys and values of their own."""
+
+    def __init__(self, dim, num_heads, eps, use_clip):
+        super().__init__(dim, num_heads, eps)
+        if use_clip:
+            self.k_img, self.v_img = nn.Linear(dim, dim), nn.Linear(dim, dim)
+            self.norm_k_img = RMSNorm(dim, eps)
+
+    def forward(self, x, text, image):
+        q = self.heads(self.norm_q(self.q(x)))
+        out = attention(q, self.heads(self.norm_k(self.k(text))), self.heads(self.v(text)))
+        if image is not None:
+            out = out + attention(q, self.heads(self.norm_k_img(self.k_img(image))), self.heads(self.v_img(image)))
+        return self.o(out)                                             # (B, L, D)
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        dim, eps = config.dim, config.eps
+        self.norm1 = LayerNorm32(dim, eps, elementwise_affine=False)
+        self.self_attn = SelfAttention(dim, config.num_heads, eps)
+        self.norm3 = LayerNorm32(dim, eps)
+        self.cross_attn = CrossAttention(dim, config.num_heads, eps, config.use_clip)
+        self.norm2 = LayerNorm32(dim, eps, elementwise_affine=False)
+        self.ffn = nn.Sequential(nn.Linear(dim, config.ffn_dim), nn.GELU("tanh"), nn.Linear(config.ffn_dim, dim))
+        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim ** 0.5)
+
+    def forward(self, x, six, text, image, rotary):
+        """x (B, L, D); six (B, 1 or L, 6, D) float32; text (B, 512, D); image (B, n, D) or None."""
+        dtype = self.ffn[0].weight.dtype
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + six).unbind(2)  # (B, 1 or L, D)
+        h = self.norm1(x) * (1 + scale1) + shift1                      # (B, L, D) float32
+        x = x + gate1 * self.self_attn(h.to(dtype), rotary)            # from here on the residual stream is float32
+        x = x + self.cross_attn(self.norm3(x).to(dtype), text, image)
+        h = self.norm2(x) * (1 + scale2) + shift2
+        return x + gate2 * self.ffn(h.to(dtype))                       # (B, L, D) float32
+
+
+class Head(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.norm = LayerNorm32(config.dim, config.eps, elementwise_affine=False)
+        self.head = Linear32(config.dim, PATCH[0] * PATCH[1] * PATCH[2] * config.out_dim)
+        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim ** 0.5)
+
+    def forward(self, x, e):
+        shift, scale = (self.modulation.float() + e[:, :, None]).unbind(2)  # (B, 1 or L, D)
+        return self.head(self.norm(x) * (1 + scale) + shift)           # (B, L, 4 C_out) float32
+
+
+class ImageEmbedding(nn.Module):
+    """CLIP tokens (B, n, 1280) -> (B, n, D); first-last-frame models add positions to the two images' tokens."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.proj = nn.Sequential(nn.LayerNorm(CLIP_DIM), nn.Linear(CLIP_DIM, CLIP_DIM), nn.GELU(),
+                                  nn.Linear(CLIP_DIM, config.dim), nn.LayerNorm(config.dim))
+        if config.model_type == "flf2v":
+            self.emb_pos = nn.Parameter(torch.zeros(1, 2 * 257, CLIP_DIM))
+
+    def forward(self, tokens):
+        if hasattr(self, "emb_pos"):
+            tokens = rearrange(tokens, "(b two) n d -> b (two n) d", two=2) if tokens.shape[1] == 257 else tokens
+            tokens = tokens + self.emb_pos                             # (B, 514, 1280)
+        return self.proj(tokens.to(self.proj[1].weight.dtype))         # (B, n, D)
+
+
+# ---------------------------------------------------------------------------------------------- the model
+
+class WanModel(nn.Module):
+    """One Wan transformer. `config` is a WanConfig or the dict of a config.json."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config = WanConfig.from_dict(config) if isinstance(config, dict) else config
+        dim = config.dim
+        self.patch_embedding = nn.Conv3d(config.in_dim, dim, PATCH, stride=PATCH)
+        self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
+        self.time_embedding = nn.Sequential(Linear32(config.freq_dim, dim), nn.SiLU(), Linear32(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), Linear32(dim, 6 * dim))
+        if config.use_clip:
+            self.img_emb = ImageEmbedding(config)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.head = Head(config)
+
+    @classmethod
+    def on_meta(cls, directory):
+        """The model that an official directory describes, on the meta device: structure without weights."""
+        config = WanConfig.from_dict(read_json(Path(directory) / "config.json"), f"{directory}/config.json")
+        # Wan2.1's and Wan2.2's I2V have one config.json; only the names in the checkpoint tell them apart.
+        config.use_clip = any(name.startswith("img_emb.") for name in weight_shapes(directory))
+        with torch.device("meta"):
+            return cls(config)
+
+    @classmethod
+    def from_pretrained(cls, directory, dtype=torch.float32, device="cpu"):
+        """Load an official model directory (config.json and safetensors, sharded or not); names and shapes must match.
+
+        Raises InputError naming the first tensors that differ.
+        """
+        return load_weights(cls.on_meta(directory).to(dtype).to_empty(device=device), directory)
+
+    def save_pretrained(self, directory, dtype=None):
+        """Write the official layout to `directory`, whole or not at all. Under torchrun every rank calls it."""
+        save_weights(directory, self.state_dict(), self.config.official(), dtype=dtype)
+
+    def forward(self, x, t, context, clip_fea=None, y=None):
+        """Velocity (B, C_out, F, H, W), float32.
+
+        x: noisy latents (B, C, F, H, W). t: timesteps in [0, 1000], (B,), or (B, L) for one a token (Wan2.2).
+        context: umT5 states, a list of B tensors (n_i, text_dim), or padded with zeros to (B, text_len, text_dim).
+        clip_fea: CLIP tokens (B, 257, 1280); for first-last-frame models (2B, 257, 1280) or (B, 514, 1280).
+        y: image condition (B, in_dim - C, F, H, W), joined to x on the channel axis.
+        """
+        grid = [size // patch for size, patch in zip(x.shape[2:], PATCH)]
+        e, tokens = self._run(x, t, context, clip_fea, y, len(self.blocks))
+        patches = self.head(tokens, e)                                 # (B, L, 4 C_out)
+        return rearrange(patches, "b (f h w) (p q r c) -> b c (f p) (h q) (w r)",
+                         f=grid[0], h=grid[1], w=grid[2], p=PATCH[0], q=PATCH[1], r=PATCH[2])
+
+    def features(self, x, t, context, clip_fea=None, y=None, num_blocks=8):
+        """The residual stream (B, L, D) after `num_blocks` blocks; arguments as in `forward`."""
+        return self._run(x, t, context, clip_fea, y, num_blocks)[1]
+
+    def _run(self, x, t, context, clip_fea, y, num_blocks):
+        """Embed the inputs and run the first blocks: (e (B, 1 or L, D), residual stream (B, L, D))."""
+        self._check(x, context, clip_fea, y)
+        dtype = self.patch_embedding.weight.dtype
+        if y is not None:
+            x = torch.cat([x, y.to(x.dtype)], dim=1)                   # (B, in_dim, F, H, W)
+        x = self.patch_embedding(x.to(dtype))                          # (B, D, F, H/2, W/2)
+        grid = tuple(x.shape[2:])
+        x = rearrange(x, "b d f h w -> b (f h w) d")                   # (B, L, D)
+
+        if t.ndim == 1:
+            t = t[:, None]  # one timestep a clip: everything below keeps a token axis of 1 and broadcasts
+        e = self.time_embedding(timestep_embedding(t, self.config.freq_dim))                  # (B, 1 or L, D)
+        six = self.time_projection(e).unflatten(-1, (6, -1))           # (B, 1 or L, 6, D)
+
+        text = self.text_embedding(self._pad(context).to(dtype))       # (B, 512, D): the padding is attended too
+        image = self.img_emb(clip_fea) if self.config.use_clip else None  # (B, 257 or 514, D)
+        rotary = rotary_table(grid, self.config.dim // self.config.num_heads, x.device)
+        for block in self.blocks[:num_blocks]:
+            x = block(x, six, text, image, rotary)                     # (B, L, D)
+        return e, x
+
+    def _pad(self, context):
+        """Zero-pad each prompt's states to text_len rows: (B, text_len, text_dim)."""
+        return torch.stack([F.pad(states, (0, 0, 0, self.config.text_len - len(states))) for states in context])
+
+    def _check(self, x, context, clip_fea, y):
+        channels = x.shape[1] + (0 if y is None else y.shape[1])
+        if channels != self.config.in_dim:
+            raise InputError(f"a {self.config.model_type} model takes {self.config.in_dim} channels (latents and image "
+                             f"condition together), but got {channels}")
+        if x.shape[3] % 2 or x.shape[4] % 2:
+            raise InputError(f"latents of {x.shape[3]}x{x.shape[4]} cannot be cut into 2x2 patches; use video sides "
+                             f"that are multiples of 16")
+        if len(context) != len(x) or max(len(states) for states in context) > self.config.text_len:
+            raise InputError(f"{len(context)} prompts of at most {max(len(states) for states in context)} tokens do not "
+                             f"fit {len(x)} clips and text_len {self.config.text_len}")
+        if self.config.use_clip and clip_fea is None:
+            raise InputError("this image-to-video model needs clip_fea, the CLIP tokens of the given image")
+
+
+class WanExperts(nn.Module):
+    """Wan2.2 A14B: one transformer for high noise, one for low; t >= boundary * 1000 goes to the first."""
+
+    BOUNDARY = {"t2v": 0.875, "i2v": 0.900}
+
+    def __init__(self, high_noise, low_noise):
+        super().__init__()
+        self.high_noise, self.low_noise = high_noise, low_noise
+        self.config, self.boundary = high_noise.config, self.BOUNDARY[high_noise.config.model_type]
+
+    @classmethod
+    def from_pretrained(cls, directory, dtype=torch.float32, device="cpu"):
+        """Load a directory that holds high_noise_model/ and low_noise_model/."""
+        return cls(*(WanModel.from_pretrained(Path(directory) / f"{noise}_noise_model", dtype, device)
+                     for noise in ("high", "low")))
+
+    def expert(self, t):
+        """The transformer for timestep t, a Python number."""
+        return self.high_noise if t >= self.boundary * 1000 else self.low_noise
+
+    def forward(self, x, t, context, clip_fea=None, y=None):
+        """As WanModel's; all clips of a batch are at one timestep t (B,)."""
+        return self.expert(t[0].item())(x, t, context, clip_fea, y)
