@@ -81,7 +81,7 @@ def clip_of(seed, bad_share=0.5):
 
 # ---------------------------------------------------------------------------------------------- the models
 
-def train_vae(path, steps=2500):
+def train_vae(path, steps=2600):
     """Train a small VAE on the clips, then scale its latents to mean 0 and standard deviation 1."""
     torch.manual_seed(0)
     vae = WanVAE(dim=6)
@@ -101,7 +101,8 @@ def train_vae(path, steps=2500):
 
     progress = trange(steps, desc="VAE")
     for step in progress:
-        video = batch(8, 9, 40) if step < 0.7 * steps else batch(4, 13, 64)
+        done = step / steps  # small crops first, for speed; whole clips last, for the long walk through time
+        video = batch(8, 5, 32) if done < 0.75 else batch(6, 9, 40) if done < 0.95 else batch(2, FRAMES, SIZE)
         z = vae.encode(video)
         decoded = vae.decode(z + 0.05 * torch.randn(z.shape, generator=generator))  # noise: neighbours decode alike
         error = (decoded - video).abs()

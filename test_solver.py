@@ -1,0 +1,78 @@
+"""The solvers agree with the official ones at every step, differentiate, and solve the equation they should."""
+import pytest
+import torch
+
+from solver import SOLVERS, DPMSolverPP, Euler, TrainingSchedule, UniPC, add_noise, flow_matching_target, guided, walk
+from test_vae import golden
+from testdata.golden import agree, draw
+
+VALUES, _ = golden("solver")
+
+
+def velocity(x, t):
+    return torch.tanh(x) * (0.5 + t.view(-1, *[1] * (x.ndim - 1)) / 2000) - 0.3 * x.roll(1, -1)
+
+
+@pytest.mark.parametrize("key", ["unipc.8.5.0", "unipc.40.5.0", "unipc.25.3.0", "dpm++.20.5.0", "dpm++.8.12.0"])
+def test_official_values(key):
+    name, steps, shift = key.split(".", 2)
+    solver = SOLVERS[name](int(steps), float(shift))
+    assert torch.equal(solver.timesteps, VALUES[f"{key}.timesteps"].long())
+    assert agree(solver.sigmas, VALUES[f"{key}.sigmas"], 1e-6)
+    x = VALUES["x0"]
+    for _ in range(2):  # the second walk starts afresh: no history is left over from the first
+        for i in range(int(steps)):
+            v = velocity(x, solver.timesteps[i].float().expand(len(x)))
+            x = solver.step(v, i, x)
+            assert agree(x, VALUES[f"{key}.x"][i], 1e-5), i
+        x = VALUES["x0"]
+    assert agree(walk(velocity, x, solver), VALUES[f"{key}.x"][-1], 1e-5)
+
+
+def test_training_schedule():
+    schedule = TrainingSchedule(5.0)
+    assert agree(schedule.sigmas, VALUES["train.shift5.sigmas"], 1e-6)
+    assert torch.equal(schedule.timesteps, VALUES["train.shift5.timesteps"].long())
+    for timestep, sigma in [(201, 0.20134), (400, 0.40082), (600, 0.60031), (800, 0.80036), (1000, 1.0)]:
+        assert abs(schedule.near(timestep) - sigma) < 1e-5
+    assert schedule.at(0.0) == (1.0, 1000) and schedule.at(0.9999)[0] > 0
+
+
+def test_euler_by_hand():
+    solver = Euler(4, 5.0)
+    assert solver.timesteps.tolist() == pytest.approx([1000, 937.5, 833.3333, 625], abs=1e-3)
+    x, v = draw((2, 3), 0), draw((2, 3), 1)
+    assert torch.allclose(solver.step(v, 1, x), x + (0.8333333 - 0.9375) * v)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_straight_path_is_solved_exactly(name):
+    """With the true velocity of a straight path, noise - x0, every solver ends on x0 whatever its steps."""
+    x0, noise = draw((1, 4, 2), 0), draw((1, 4, 2), 1)
+    solver = SOLVERS[name](6, 5.0)
+    sigma = solver.sigmas[0].item()
+    end = walk(lambda x, t: flow_matching_target(x0, noise), add_noise(x0, noise, sigma), solver)
+    assert torch.allclose(end, x0, atol=1e-5)
+
+
+@pytest.mark.parametrize("solver", [UniPC(8, 5.0), DPMSolverPP(8, 5.0), Euler(8, 5.0)])
+@pytest.mark.parametrize("k", [0, 1, 4, 6])
+def test_a_step_is_differentiable_in_velocity_and_x(solver, k):
+    with torch.no_grad():
+        x = walk(lambda x, t: velocity(x.float(), t).double(), draw((1, 3, 4), 0).double(), solver, steps=k)
+    history = dict(vars(solver))
+
+    def step(v, x):
+        vars(solver).update(history)
+        return solver.step(v, k, x)
+
+    v = draw((1, 3, 4), 1).double().requires_grad_()
+    assert torch.autograd.gradcheck(step, (v, x.requires_grad_()))
+
+
+def test_guidance():
+    v = guided(lambda x, t, negative: x * (1.0 if negative else 3.0), 5.0)
+    assert v(torch.ones(1), None) == 1 + 5 * (3 - 1)
+    calls = []
+    guided(lambda x, t, negative: calls.append(negative) or x, 1)(torch.ones(1), None)
+    assert calls == [False]
