@@ -62,10 +62,6 @@ class PAVRM(nn.Module):
         tokens = self.dit.features(x, t, context, clip_fea, y, num_blocks=len(self.dit.blocks))   # (B, L, D)
         return self.mlp(self.query_attention(tokens.float())).squeeze(-1)                         # (B,)
 
-    def trained_parameters(self):
-        """(blocks, head): what is trained. The embeddings stay as they are."""
-        return list(self.dit.blocks.parameters()), [*self.query_attention.parameters(), *self.mlp.parameters()]
-
     def save_pretrained(self, directory, dtype=None):
         """Write one directory with everything the reward needs. Under torchrun every rank calls it."""
         reward = {"num_blocks": len(self.dit.blocks), "task": self.task, "use_clip": self.dit.config.use_clip}

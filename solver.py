@@ -155,14 +155,14 @@ SOLVERS = {"unipc": UniPC, "dpm++": DPMSolverPP, "euler": Euler}
 def guided(velocity, guidance):
     """Classifier-free guidance: v_neg + g (v_pos - v_neg).
 
-    `velocity(x, t, negative)` evaluates the model with the prompt or with the negative prompt. At g = 1 the negative
+    `velocity(x, t, negative_prompt)` evaluates the model with the prompt or with the negative prompt. At g = 1 the negative
     prompt has no part in the result and is not evaluated.
     """
     def combined(x, t):
-        positive = velocity(x, t, negative=False)
+        positive = velocity(x, t, False)
         if guidance == 1:
             return positive
-        negative = velocity(x, t, negative=True)
+        negative = velocity(x, t, True)
         return negative + guidance * (positive - negative)
     return combined
 
