@@ -9,9 +9,14 @@ import math
 from pathlib import Path
 
 import numpy as np
+import sentencepiece
 import torch
+from torch import nn
 from tqdm import trange
 
+from data import T5_FILE, write_video
+from files import write_json, written_whole
+from t5 import UMT5Encoder
 from vae import MEAN, STD, WanVAE
 
 SIZE, FRAMES, FPS = 64, 17, 16
@@ -20,6 +25,7 @@ COLOURS = {"red": (230, 60, 50), "green": (70, 200, 90), "blue": (80, 130, 240)}
 SHAPES = ("disc", "square", "triangle")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 SPEEDS = {"slowly": 1.0, "quickly": 2.0}  # pixels a frame
+TEXT_DIM = 64
 FAULTS = ("frozen", "jitter", "torn", "morph")
 
 
@@ -79,12 +85,39 @@ def clip_of(seed, bad_share=0.5):
     return draw_clip(rng, rng.choice(FAULTS) if rng.random() < bad_share else None)
 
 
+# ---------------------------------------------------------------------------------------------- the truth
+
+def good_motion(video):
+    """Whether the shape in a clip, uint8 (T, H, W, 3), moves well, told from its pixels alone.
+
+    The shape is what differs from the ground; per frame its area, its centre and its spread about the centre are
+    measured. Good: always there, goes somewhere, at a steady pace, keeps its size, stays in one piece.
+    """
+    distance = np.abs(video / 255.0 - GROUND).max(-1)                  # (T, H, W)
+    weight = np.clip((distance - 0.15) / 0.25, 0, 1)                   # soft: 0 on the ground, 1 on the shape
+    area = weight.sum((1, 2))                                          # (T,)
+    if area.min() < 60:
+        return False
+    rows, columns = np.mgrid[:video.shape[1], :video.shape[2]]
+    centre = np.stack([(weight * axis).sum((1, 2)) / area for axis in (columns, rows)], axis=1)      # (T, 2)
+    away = (columns - centre[:, :1, None]) ** 2 + (rows - centre[:, 1:, None]) ** 2                  # (T, H, W)
+    spread = (weight * away).sum((1, 2)) / area ** 2                   # about 0.16 for a disc, whatever its size
+    steps = np.diff(centre, axis=0)
+    moved = np.linalg.norm(centre[-1] - centre[0])
+    unsteady = np.linalg.norm(steps - steps.mean(0), axis=1).max()
+    return bool(moved > 10 and unsteady < 1.5 and area.max() / area.min() < 1.4 and spread.max() < 0.24)
+
+
 # ---------------------------------------------------------------------------------------------- the models
 
 def train_vae(path, steps=2600):
     """Train a small VAE on the clips, then scale its latents to mean 0 and standard deviation 1."""
     torch.manual_seed(0)
     vae = WanVAE(dim=6)
+    for layer in vae.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Conv3d)):  # torch's own start is so small that training lingers at a plain ground
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="linear")
+            nn.init.zeros_(layer.bias)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=3e-3, betas=(0.9, 0.99), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1, i / 50) * (0.01 + 0.99 * math.cos(math.pi / 2 * i / steps) ** 2))
     videos = torch.stack([torch.from_numpy(clip_of(seed)[0]) for seed in range(1_000_000, 1_001_000)])
@@ -106,7 +139,7 @@ def train_vae(path, steps=2600):
         z = vae.encode(video)
         decoded = vae.decode(z + 0.05 * torch.randn(z.shape, generator=generator))  # noise: neighbours decode alike
         error = (decoded - video).abs()
-        loss = error.mean() + (error ** 2).mean() + 1e-3 * (z ** 2).mean()
+        loss = error.mean() + (error ** 2).mean() + 1e-4 * (z ** 2).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -115,10 +148,9 @@ def train_vae(path, steps=2600):
         if step % 20 == 0:
             progress.set_postfix(error=f"{error.mean().item():.4f}")
         if step % 250 == 249:
-            torch.save(vae.state_dict(), "/tmp/vae_wip.pth")
-            print(step, error.mean().item(), flush=True)
+            torch.save(vae.state_dict(), "/tmp/wip/vae_wip.pth")
     fold_latent_scale(vae, batch(64, FRAMES, SIZE))
-    torch.save({name: tensor.bfloat16() for name, tensor in vae.state_dict().items()}, path)
+    save_pth(vae, path)
 
 
 @torch.no_grad()
@@ -136,3 +168,38 @@ def fold_latent_scale(vae, video):
     offset = mean + m * std - s * mean
     vae.conv2.bias += vae.conv2.weight.flatten(1) @ offset
     vae.conv2.weight *= s.view(1, -1, 1, 1, 1)
+
+
+def make_text_encoder(directory):
+    """A sentencepiece model trained on all captions, and a small random umT5 that stays as it is."""
+    words = [dict(colour=c, shape=s, direction=d, speed=v) for c in COLOURS for s in SHAPES for d in DIRECTIONS for v in SPEEDS]
+    spiece = directory / "google/umt5-xxl/spiece.model"
+    spiece.parent.mkdir(parents=True, exist_ok=True)
+    with open(spiece, "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter([caption for w in words for caption in captions(w)]), model_writer=file, vocab_size=120,
+            model_type="bpe", hard_vocab_limit=False, pad_id=0, eos_id=1, bos_id=2, unk_id=3, normalization_rule_name="identity",
+            minloglevel=2)
+    torch.manual_seed(0)
+    encoder = UMT5Encoder(vocab_size=sentencepiece.SentencePieceProcessor(model_file=str(spiece)).vocab_size(), dim=TEXT_DIM,
+                          dim_attn=TEXT_DIM, dim_ffn=2 * TEXT_DIM, num_heads=4, num_layers=2)
+    save_pth(encoder, directory / T5_FILE)
+
+
+def save_pth(module, path):
+    """A state dict in bf16, as the official .pth files are."""
+    with written_whole(path) as beside:
+        torch.save({name: tensor.detach().bfloat16() for name, tensor in module.state_dict().items()}, beside)
+
+
+def make_clips(directory, seeds, bad_share=0.5):
+    """Videos of the seeds' clips, and their clips.json."""
+    entries = []
+    for seed in seeds:
+        video, words = clip_of(seed, bad_share)
+        write_video(directory / f"{seed}.mp4", torch.from_numpy(video), FPS)
+        short, long = captions(words)
+        entries.append({"source_id": str(seed), "video_path": f"{seed}.mp4", "short_caption": short, "long_caption": long,
+                        "physics_quality": int(words["fault"] not in ("frozen", "jitter")),
+                        "human_quality": int(words["fault"] not in ("torn", "morph"))})
+    write_json(directory / "clips.json", entries)

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -92,6 +93,8 @@ def shard(model, blocks, float32, device):
     modules that are gathered in float32 instead: time embedding, heads. Inputs are never cast, since modulation and
     rotary angles are float32.
     """
+    # FSDP2 warns of outputs that are views, because an in-place write would lose their gradient; we have none.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     bf16 = torch.bfloat16 if device.type == "cuda" else None
     policy = MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -216,7 +219,7 @@ class Log:
         values = {"step": step, **values, "seconds": round(seconds, 3), "gigabytes": round(peak_memory(self.device), 3)}
         self.write(values)
         self.say(f"{step:>{len(str(self.steps))}}/{self.steps}  " + "  ".join(
-            f"{name} {value:>8.4f}" if isinstance(value, float) else f"{name} {value:>3}"
+            f"{name} {value:>8.4f}" if isinstance(value, float) else f"{name} {value!s:>3}"
             for name, value in values.items() if name != "step"))
 
     def write(self, values):
