@@ -31,7 +31,7 @@ import sys
 import time
 from collections import Counter
 from fractions import Fraction
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from itertools import islice
 from pathlib import Path
 
@@ -309,11 +309,14 @@ class Encoder:
 
     def __init__(self, model_dir, device):
         self.directory, self.device = Path(model_dir), device
+        self._states = lru_cache(maxsize=1000)(self._encode_prompt)  # many clips share a caption
         expert = self.directory / "low_noise_model"  # Wan2.2 A14B: two transformers whose configurations agree
         config = read_json((expert if expert.is_dir() else self.directory) / "config.json")
         self.model_type, self.text_len = config.get("model_type"), config.get("text_len", 512)
         if self.model_type not in ("t2v", "i2v", "flf2v"):
             raise InputError(f"{model_dir} is a {self.model_type} model; clips are encoded for t2v, i2v and flf2v")
+        own = self.directory / "sampling.json"  # of a model that is not of the published size: what it is used with
+        self.sampling = {name: value for name, value in (read_json(own) if own.is_file() else {}).items() if name in PUBLISHED}
         self.given = {"t2v": [], "i2v": [0], "flf2v": [0, -1]}[self.model_type]  # frames that the model is given
         self.has_clip = bool(self.given) and (self.directory / CLIP_FILE).is_file()
 
@@ -338,7 +341,10 @@ class Encoder:
 
     def text(self, prompts):
         """List of str -> list of bfloat16 (n_i, text_dim), each trimmed to its tokens."""
-        return [states.bfloat16().cpu() for states in encode_prompts(*self.text_encoder, prompts)]
+        return [self._states(prompt).clone() for prompt in prompts]
+
+    def _encode_prompt(self, prompt):
+        return encode_prompts(*self.text_encoder, [prompt])[0].bfloat16().cpu()
 
     @property
     def negative_prompt(self):
@@ -387,7 +393,7 @@ def encode_clips(entries, model_dir, output, size=None, frames=None, fps=None, d
     """Encode those clips of a list that are not encoded yet and write the index; returns the index's path.
 
     `size` = (width, height), turned for clips of the other orientation. size, frames and fps default to what
-    `output` was encoded with before, else to the published setting; `device` to this rank's GPU, or the CPU.
+    `output` was encoded with before, else to the model's sampling.json, else to the published setting; `device` to this rank's GPU, or the CPU.
     Under torchrun each rank takes its share, and rank 0 writes the index when all clips are there.
     Raises InputError for all faults of the list before anything is encoded, and if `output` holds clips that were
     encoded by another model or with other settings.
@@ -400,7 +406,8 @@ def encode_clips(entries, model_dir, output, size=None, frames=None, fps=None, d
     output, prompts = Path(output), Path(output, "prompts.safetensors")
     before = _made_from(prompts).get("settings")
     asked = {"size": size and list(size), "frames": frames, "fps": fps}
-    settings = encoder.settings() | {name: value or (before or PUBLISHED)[name] for name, value in asked.items()}
+    usual = before or PUBLISHED | encoder.sampling
+    settings = encoder.settings() | {name: value or usual[name] for name, value in asked.items()}
     for file in [prompts, *output.glob("clips/*.safetensors")]:
         other = _made_from(file).get("settings", settings)
         if other != settings:
@@ -649,13 +656,13 @@ def parse_size(text):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Check a list of annotated clips, or encode them for training.")
-    before = "(default: as --output was encoded before, else "
+    before = "(default: as --output was encoded before, else the model's sampling.json, else "
     parser.add_argument("--check", metavar="LIST", help="report the faults of this list and its balance")
     parser.add_argument("--task", choices=TASKS, help="with --check: what every clip must be annotated for")
-    parser.add_argument("--list", default="demo/clips.json", help="the clips: .json, .jsonl or .csv; for a "
+    parser.add_argument("--list", default="demo/clips/clips.json", help="the clips: .json, .jsonl or .csv; for a "
                         "published .list only its prompts.safetensors is made (default: %(default)s)")
     parser.add_argument("--model", default="demo/model", help="official model directory (default: %(default)s)")
-    parser.add_argument("--output", default="demo/data", help="where encoded clips go (default: %(default)s)")
+    parser.add_argument("--output", default="outputs/data", help="where encoded clips go (default: %(default)s)")
     parser.add_argument("--size", type=parse_size,
                         help=f"width x height, turned for upright clips {before}832x480)")
     parser.add_argument("--frames", type=int, help=f"1 + 4n frames a clip {before}81); "

@@ -6,16 +6,25 @@ pixels alone, which no model ever sees.
 """
 import argparse
 import math
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import av
 import numpy as np
 import sentencepiece
 import torch
+from einops import rearrange
 from torch import nn
 from tqdm import trange
 
-from data import T5_FILE, write_video
-from files import write_json, written_whole
+import parallel
+from data import T5_FILE, VAE_FILE, Clips, to_uint8, write_video
+from files import InputError, remove, write_json, written_whole
+from model import WanConfig, WanModel
+from reward import PAVRM
+from solver import TrainingSchedule, UniPC, add_noise, walk
 from t5 import UMT5Encoder
 from vae import MEAN, STD, WanVAE
 
@@ -27,6 +36,13 @@ DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 SPEEDS = {"slowly": 1.0, "quickly": 2.0}  # pixels a frame
 TEXT_DIM = 64
 FAULTS = ("frozen", "jitter", "torn", "morph")
+CONFIG = WanConfig(model_type="t2v", dim=112, ffn_dim=320, freq_dim=64, in_dim=16, out_dim=16, num_heads=4, num_layers=6,
+                   text_len=32, text_dim=TEXT_DIM)
+
+CLIPS, HELD_OUT, SAMPLES = 320, 96, 64
+PAVRM_FLAGS = "--steps 300 --batch_size 32 --lr 1e-4 --head_lr 3e-4 --eval_every 100 --save_every 300".split()
+PRFL_FLAGS = ("--steps 120 --batch_size 16 --accumulation 1 --lr 1e-4 --rollout_steps 12 --guidance 1 "
+              "--sample_every 60 --save_every 120").split()
 
 
 # ---------------------------------------------------------------------------------------------- clips
@@ -110,7 +126,7 @@ def good_motion(video):
 
 # ---------------------------------------------------------------------------------------------- the models
 
-def train_vae(path, steps=2600):
+def train_vae(path):
     """Train a small VAE on the clips, then scale its latents to mean 0 and standard deviation 1."""
     torch.manual_seed(0)
     vae = WanVAE(dim=6)
@@ -118,8 +134,6 @@ def train_vae(path, steps=2600):
         if isinstance(layer, (nn.Conv2d, nn.Conv3d)):  # torch's own start is so small that training lingers at a plain ground
             nn.init.kaiming_normal_(layer.weight, nonlinearity="linear")
             nn.init.zeros_(layer.bias)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=3e-3, betas=(0.9, 0.99), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1, i / 50) * (0.01 + 0.99 * math.cos(math.pi / 2 * i / steps) ** 2))
     videos = torch.stack([torch.from_numpy(clip_of(seed)[0]) for seed in range(1_000_000, 1_001_000)])
     generator = torch.Generator().manual_seed(0)
 
@@ -132,24 +146,27 @@ def train_vae(path, steps=2600):
             crops.append(videos[i, t:t + frames, y:y + size, x:x + size])
         return torch.stack(crops).permute(0, 4, 1, 2, 3) / 127.5 - 1
 
-    progress = trange(steps, desc="VAE")
-    for step in progress:
-        done = step / steps  # small crops first, for speed; whole clips last, for the long walk through time
-        video = batch(8, 5, 32) if done < 0.75 else batch(6, 9, 40) if done < 0.95 else batch(2, FRAMES, SIZE)
-        z = vae.encode(video)
-        decoded = vae.decode(z + 0.05 * torch.randn(z.shape, generator=generator))  # noise: neighbours decode alike
-        error = (decoded - video).abs()
-        loss = error.mean() + (error ** 2).mean() + 1e-4 * (z ** 2).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 20 == 0:
-            progress.set_postfix(error=f"{error.mean().item():.4f}")
-        if step % 250 == 249:
-            torch.save(vae.state_dict(), "/tmp/wip/vae_wip.pth")
-    fold_latent_scale(vae, batch(64, FRAMES, SIZE))
+    # Small crops first, for speed. Long clips last, or colours drift on the walk through time.
+    short = [(8, 5, 32)] * 1950 + [(6, 9, 40)] * 520 + [(2, FRAMES, SIZE)] * 130
+    long = [(3, FRAMES, 48)] * 357 + [(2, FRAMES, SIZE)] * 63
+    for shapes, lr in [(short, 3e-3), (long, 1.5e-3)]:
+        optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
+        progress = trange(len(shapes), desc="VAE")
+        for step in progress:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * min(1, step / 50) * (0.01 + 0.99 * math.cos(math.pi / 2 * step / len(shapes)) ** 2)
+            video = batch(*shapes[step])
+            z = vae.encode(video)
+            decoded = vae.decode(z + 0.05 * torch.randn(z.shape, generator=generator))  # noise: neighbours decode alike
+            error = (decoded - video).abs()
+            loss = error.mean() + (error ** 2).mean() + 1e-4 * (z ** 2).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+            optimizer.step()
+            if step % 20 == 0:
+                progress.set_postfix(error=f"{error.mean().item():.4f}")
+        fold_latent_scale(vae, batch(64, FRAMES, SIZE))
     save_pth(vae, path)
 
 
@@ -203,3 +220,125 @@ def make_clips(directory, seeds, bad_share=0.5):
                         "physics_quality": int(words["fault"] not in ("frozen", "jitter")),
                         "human_quality": int(words["fault"] not in ("torn", "morph"))})
     write_json(directory / "clips.json", entries)
+
+
+# ---------------------------------------------------------------------------------------------- the demo
+
+def command(*words):
+    """Run one of the scripts as a user would, and show the command."""
+    print("\n$ python " + " ".join(map(str, words)), flush=True)
+    if subprocess.run([sys.executable, *map(str, words)], cwd=Path(__file__).parent).returncode:
+        sys.exit(f"error: {words[0]} failed; its own message is above")
+
+
+@torch.no_grad()
+def sample(transformer, texts):
+    """Latents (N, 16, 5, 8, 8) of one video a prompt, each with its own seed; `texts` are the prompts' states."""
+    model = WanModel.from_pretrained(transformer)
+    noise = torch.stack([torch.randn(16, 5, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(len(texts))])
+    parts = []
+    for i in trange(0, len(texts), 32, desc="sampling", leave=False):
+        parts.append(walk(lambda x, t: model(x, t, texts[i:i + 32]), noise[i:i + 32], UniPC(20, 5.0)))
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def rewards(pavrm, latents, texts):
+    """The reward of each clip (N,): mean over noise levels, each clip with its own fixed noise."""
+    schedule, scores = TrainingSchedule(5.0), []
+    noise = torch.stack([torch.randn(16, 5, 8, 8, generator=torch.Generator().manual_seed(1000 + i)) for i in range(len(texts))])
+    for t in (201, 400, 600, 800):
+        x = add_noise(latents, noise, schedule.near(t))
+        scores.append(pavrm(x, torch.full((len(x),), float(t)), texts).sigmoid())
+    return torch.stack(scores).mean(0)
+
+
+def side_by_side(before, after, output):
+    """A video, and a picture of every fourth frame: the same prompts and seeds, before on the left, after on the right."""
+    def grid(videos):  # 16 videos (T, H, W, 3) -> (T, 4 H, 4 W, 3)
+        return rearrange(np.stack(videos[:16]), "(r c) t h w d -> t (r h) (c w) d", r=4)
+
+    gap = np.full((FRAMES, 4 * SIZE, 16, 3), 255, np.uint8)
+    both = np.concatenate([grid(before), gap, grid(after)], axis=2)
+    write_video(output / "before_after.mp4", torch.from_numpy(both), fps=8)
+    rows = [np.concatenate([*a[::4], np.full((SIZE, 16, 3), 255, np.uint8), *b[::4]], axis=1) for a, b in zip(before[:8], after[:8])]
+    av.VideoFrame.from_ndarray(np.concatenate(rows)).save(output / "before_after.png")
+
+
+def run(output):
+    """The whole method on the tiny world: data, PAVRM, PRFL, samples before and after, a table."""
+    started = time.time()
+    make_clips(output / "clips/train", range(CLIPS))
+    make_clips(output / "clips/val", range(CLIPS, CLIPS + HELD_OUT))
+    for part in ("train", "val"):
+        command("data.py", "--list", output / f"clips/{part}/clips.json", "--output", output / part)
+    command("train_pavrm.py", "--train", output / "train/index.jsonl", "--val", output / "val/index.jsonl",
+            "--output", output / "pavrm", *PAVRM_FLAGS)
+    command("train_prfl.py", "--data", output / "train/index.jsonl", "--reward", output / "pavrm/reward",
+            "--only_good", "motion_quality", "--output", output / "prfl", *PRFL_FLAGS)
+
+    # The same prompts and seeds before and after. The held-out clips give the prompts, not the videos.
+    print("\nsampling before and after", flush=True)
+    held_out = Clips(output / "val/index.jsonl")
+    texts = [held_out.load(i)["text_long"] for i in range(SAMPLES)]
+    vae, pavrm = WanVAE.from_pretrained(f"demo/model/{VAE_FILE}"), PAVRM.from_pretrained(output / "pavrm/reward")
+    reward, good, videos = {}, {}, {}
+    for name, transformer in [("before", "demo/model"), ("after", output / "prfl/model")]:
+        latents = sample(transformer, texts)
+        with torch.no_grad():
+            videos[name] = [to_uint8(video).numpy() for part in latents.split(8) for video in vae.decode(part)]
+        reward[name] = rewards(pavrm, latents, texts)
+        good[name] = torch.tensor([good_motion(video) for video in videos[name]]).float()
+    side_by_side(videos["before"], videos["after"], output)
+
+    def row(title, values):
+        change, n = values["after"] - values["before"], len(texts)
+        cells = [f"{v.mean():.3f} ± {v.std() / n ** 0.5:.3f}" for v in (values["before"], values["after"], change)]
+        return f"| {title} | " + " | ".join(cells) + " |", change.mean().item(), (change.std() / n ** 0.5).item()
+
+    reward_row, reward_change, reward_error = row("reward (PAVRM)", reward)
+    good_row, good_change, _ = row("good motion (true, from pixels)", good)
+    table = "\n".join([f"| {len(texts)} prompts and seeds | before | after PRFL | change |", "|---|---|---|---|", reward_row, good_row])
+    (output / "table.md").write_text(table + "\n")
+    print(f"\n{table}\n\nmean ± standard error; {time.time() - started:.0f} seconds in all; "
+          f"look at {output}/before_after.mp4 and .png")
+    if reward_change < 2 * reward_error:
+        raise InputError("the reward rose by less than two standard errors; the demo has failed")
+    if good_change < 0:
+        raise InputError("the true share of good motion fell; the demo has failed")
+
+
+def build():
+    """Make everything under demo/ again: hours on two cores."""
+    directory, work = Path("demo/model"), Path("outputs/build")
+    make_text_encoder(directory)
+    train_vae(directory / VAE_FILE)
+    write_json(directory / "sampling.json", {"size": [SIZE, SIZE], "frames": FRAMES, "fps": FPS, "steps": 20, "shift": 5.0,
+                                             "guidance": 1.0, "prompt": ["a red disc moves left slowly"]})
+    torch.manual_seed(0)
+    WanModel(CONFIG).save_pretrained(work / "start")
+    write_json(directory / "config.json", CONFIG.official())
+    make_clips(work / "clips", range(10_000, 13_072))
+    command("data.py", "--list", work / "clips/clips.json", "--output", work / "data")
+    start = work / "start"
+    for leg, (lr, steps) in enumerate(LEGS):
+        command("train_prfl.py", "--model", start, "--data", work / "data/index.jsonl", "--output", work / f"dit{leg}", "--phases", "sft",
+                "--lr", lr, "--steps", steps, "--batch_size", 32, "--accumulation", 1, "--shift", 3, "--sample_every", 0, "--save_every", 1000)
+        start = work / f"dit{leg}/model"
+    save_bf16(start, directory)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Train and compare on the tiny world.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--output", type=Path, default="outputs/demo", help="directory of the demo's clips, runs, table and pictures")
+    parser.add_argument("--build", action="store_true", help="make the tiny world's weights and data under demo/ again (hours)")
+    args = parser.parse_args()
+    if args.build:
+        build()
+    else:
+        remove(args.output)
+        run(args.output)
+
+
+if __name__ == "__main__":
+    parallel.run(main)

@@ -21,9 +21,9 @@ from files import InputError, read_json
 from model import WanModel
 from solver import SOLVERS, guided, walk
 
-PUBLISHED = {"t2v": dict(steps=50, shift=5.0, guidance=5.0, size="832x480", frames=81),
-             "i2v": dict(steps=40, shift=5.0, guidance=5.0, size="832x480", frames=81),
-             "flf2v": dict(steps=50, shift=16.0, guidance=5.0, size="1280x720", frames=81)}
+PUBLISHED = {"t2v": dict(steps=50, shift=5.0, guidance=5.0, size=[832, 480], frames=81, fps=16),
+             "i2v": dict(steps=40, shift=5.0, guidance=5.0, size=[832, 480], frames=81, fps=16),
+             "flf2v": dict(steps=50, shift=16.0, guidance=5.0, size=[1280, 720], frames=81, fps=16)}
 
 
 def parse_args(argv=None):
@@ -39,9 +39,9 @@ def parse_args(argv=None):
     parser.add_argument("--steps", type=int, help=f"solver steps {own}")
     parser.add_argument("--shift", type=float, help=f"shift of the noise levels; I2V at 480P: 3; T2V-1.3B: 8 to 12 {own}")
     parser.add_argument("--guidance", type=float, help=f"classifier-free guidance; 1 is none; T2V-1.3B: 6 {own}")
-    parser.add_argument("--size", help=f"width x height; with --image only their product counts {own}")
+    parser.add_argument("--size", type=parse_size, help=f"width x height; with --image only their product counts {own}")
     parser.add_argument("--frames", type=int, help=f"1 + 4n frames {own}")
-    parser.add_argument("--fps", type=int, default=16, help="frames a second of the file (default: %(default)s)")
+    parser.add_argument("--fps", type=float, help=f"frames a second of the file {own}")
     parser.add_argument("--seed", type=int, default=0, help="of the noise; the second prompt has the next seed, and so on (default: 0)")
     parser.add_argument("--output", default="outputs/sample.mp4", help="file to write; several prompts are numbered (default: %(default)s)")
     return parser.parse_args(argv)
@@ -80,12 +80,12 @@ def main(argv=None):
     model_type = fill_in(args)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    width, height = parse_size(args.size)
+    width, height = args.size
     images = [read_image(path) for path in (args.image, args.last_image) if path]          # (3, H, W) in [-1, 1] each
     if images:
         width, height = size_for(images[0], width, height)
     if width % 16 or height % 16:
-        raise InputError(f"--size {args.size} does not fit the model; both sides must be multiples of 16")
+        raise InputError(f"--size {width}x{height} does not fit the model; both sides must be multiples of 16")
 
     # The condition. The text encoder is large and has nothing more to do afterwards.
     encoder = Encoder(args.model, device)

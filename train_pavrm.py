@@ -33,8 +33,8 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Train PAVRM, the reward model on noisy latents.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model", default="demo/model", help="official directory of the transformer it starts from")
-    parser.add_argument("--train", default="demo/data/train.jsonl", help="index of encoded, labelled clips (data.py)")
-    parser.add_argument("--val", default="demo/data/val.jsonl", help="the same, of held-out clips")
+    parser.add_argument("--train", default="demo/train/index.jsonl", help="index of encoded, labelled clips (data.py)")
+    parser.add_argument("--val", default="demo/val/index.jsonl", help="the same, of held-out clips")
     parser.add_argument("--output", default="outputs/pavrm", help="directory of this run: reward/, checkpoints/, log.jsonl")
     parser.add_argument("--task", default="motion_quality", choices=TASKS, help="label that is learnt; clips without it are left out")
     parser.add_argument("--num_blocks", type=int, help="blocks of the transformer that are kept: 8 as published, or half of a "

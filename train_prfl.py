@@ -35,7 +35,7 @@ def parse_args(argv=None):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model", default="demo/model", help="official directory of the model to train")
     parser.add_argument("--reward", default="demo/reward", help="reward model, written by train_pavrm.py")
-    parser.add_argument("--data", default="demo/data/train.jsonl", help="index of encoded clips (data.py): real ones, that move well")
+    parser.add_argument("--data", default="demo/train/index.jsonl", help="index of encoded clips (data.py): real ones, that move well")
     parser.add_argument("--only_good", choices=TASKS, help="leave out the clips whose label for this task is not 1 (default: keep all)")
     parser.add_argument("--output", default="outputs/prfl", help="directory of this run: model/, checkpoints/, samples/, log.jsonl")
     parser.add_argument("--phases", nargs="+", default=["sft", "reward"], choices=["sft", "reward"], help="phases of an iteration")
