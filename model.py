@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from files import InputError, load_weights, read_json, save_weights, weight_shapes
 
@@ -226,6 +227,7 @@ class WanModel(nn.Module):
         if config.use_clip:
             self.img_emb = ImageEmbedding(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.checkpoint_blocks = False  # True: keep only the blocks' inputs for backward, and compute the rest again
         self.head = Head(config)
 
     @classmethod
@@ -286,7 +288,10 @@ class WanModel(nn.Module):
         image = self.img_emb(clip_fea) if self.config.use_clip else None  # (B, 257 or 514, D)
         rotary = rotary_table(grid, self.config.dim // self.config.num_heads, x.device)
         for block in self.blocks[:num_blocks]:
-            x = block(x, six, text, image, rotary)                     # (B, L, D)
+            if self.checkpoint_blocks and torch.is_grad_enabled():
+                x = checkpoint(block, x, six, text, image, rotary, use_reentrant=False)
+            else:
+                x = block(x, six, text, image, rotary)                 # (B, L, D)
         return e, x
 
     def _pad(self, context):

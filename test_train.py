@@ -188,6 +188,16 @@ def test_one_process_or_two(world, script):
         assert b == pytest.approx(a, rel=1e-4)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("script", [train_pavrm, train_prfl])
+def test_training_on_cuda_in_bf16_stays_near_the_cpu(world, script, monkeypatch):
+    on_gpu = run(script, "gpu", "--steps", "3", "--checkpoint_blocks")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    on_cpu = run(script, "cpu", "--steps", "3")
+    for a, b in zip(losses(on_gpu), losses(on_cpu)):
+        assert a == pytest.approx(b, rel=0.1)
+
+
 # ---------------------------------------------------------------------------------------------- refusals
 
 def test_prfl_needs_a_reward_model(world):

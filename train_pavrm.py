@@ -49,6 +49,8 @@ def parse_args(argv=None):
     parser.add_argument("--eval_timesteps", type=int, nargs="+", default=[201, 400, 600, 800, 1000], help="timesteps of evaluation")
     parser.add_argument("--eval_every", type=int, default=200, help="steps between evaluations; there is one at the end too")
     parser.add_argument("--save_every", type=int, default=200, help="steps between checkpoints; there is one at the end too")
+    parser.add_argument("--checkpoint_blocks", action="store_true", help="keep only the blocks' inputs for backward and compute the "
+                        "rest again: a third slower, and what large models need")
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --output")
     parser.add_argument("--seed", type=int, default=0, help="of the data order, the noise and the head's start")
     return parser.parse_args(argv)
@@ -110,6 +112,8 @@ def main(argv=None):
     parallel.shard(pavrm, dit.blocks, [dit.time_embedding, dit.time_projection, *head], device)
     dit.to_empty(device=device)
     load_weights(dit, args.model, ignore=["head.", *(f"blocks.{i}." for i in range(num_blocks, layers))])
+
+    dit.checkpoint_blocks = args.checkpoint_blocks
 
     optimizer = torch.optim.AdamW([{"params": [p for module in blocks for p in module.parameters()], "lr": args.lr},
                                    {"params": [p for module in head for p in module.parameters()], "lr": args.head_lr}],

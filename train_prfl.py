@@ -54,6 +54,8 @@ def parse_args(argv=None):
     parser.add_argument("--sample_every", type=int, default=50, help="iterations between them; 0 writes none")
     parser.add_argument("--guidance", type=float, default=5.0, help="guidance of the sample videos; rollouts have none")
     parser.add_argument("--save_every", type=int, default=50, help="iterations between checkpoints; there is one at the end too")
+    parser.add_argument("--checkpoint_blocks", action="store_true", help="keep only the blocks' inputs for backward and compute the "
+                        "rest again: a third slower, and what large models need")
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --output")
     parser.add_argument("--seed", type=int, default=0, help="of the data order, the noise and every other draw")
     return parser.parse_args(argv)
@@ -108,6 +110,8 @@ def main(argv=None):
         parallel.shard(pavrm, pavrm.dit.blocks, [pavrm.dit.time_embedding, pavrm.dit.time_projection,
                                                  pavrm.query_attention, pavrm.mlp], device)
         load_weights(pavrm.to_empty(device=device), args.reward)
+        pavrm.dit.checkpoint_blocks = args.checkpoint_blocks
+    policy.checkpoint_blocks = args.checkpoint_blocks
 
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay,
                                   fused=device.type == "cuda")
