@@ -39,6 +39,7 @@ FAULTS = ("frozen", "jitter", "torn", "morph")
 CONFIG = WanConfig(model_type="t2v", dim=112, ffn_dim=320, freq_dim=64, in_dim=16, out_dim=16, num_heads=4, num_layers=6,
                    text_len=32, text_dim=TEXT_DIM)
 
+LEGS = [(1e-3, 2750), (3e-4, 1000), (6e-5, 500)]  # learning rate and steps of the transformer's training
 CLIPS, HELD_OUT, SAMPLES = 320, 96, 64
 PAVRM_FLAGS = "--steps 300 --batch_size 32 --lr 1e-4 --head_lr 3e-4 --eval_every 100 --save_every 300".split()
 PRFL_FLAGS = ("--steps 120 --batch_size 16 --accumulation 1 --lr 1e-4 --rollout_steps 12 --guidance 1 "

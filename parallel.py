@@ -168,9 +168,11 @@ def save_checkpoint(output, step, model, optimizer):
     dist.barrier()
     try:
         dcp.save({"model": weights, "optimizer": state}, checkpoint_id=beside)
-    except CheckpointException as error:
+    except BaseException as error:
         if is_main():
             remove(beside)
+        if not isinstance(error, CheckpointException):
+            raise
         reasons = "; ".join(sorted({str(reason) for reason, _ in error.failures.values()}))
         raise OSError(f"the checkpoint {directory} could not be written ({reasons}); earlier ones are untouched") from None
     if is_main():
