@@ -6,6 +6,7 @@ pixels alone, which no model ever sees.
 """
 import argparse
 import math
+import shutil
 import subprocess
 import sys
 import time
@@ -326,7 +327,16 @@ def build():
         command("train_prfl.py", "--model", start, "--data", work / "data/index.jsonl", "--output", work / f"dit{leg}", "--phases", "sft",
                 "--lr", lr, "--steps", steps, "--batch_size", 32, "--accumulation", 1, "--shift", 3, "--sample_every", 0, "--save_every", 1000)
         start = work / f"dit{leg}/model"
-    save_bf16(start, directory)
+    WanModel.from_pretrained(start).save_pretrained(work / "dit", dtype=torch.bfloat16)
+    shutil.copy(work / "dit/diffusion_pytorch_model.safetensors", directory)
+
+    # What the scripts run on without flags: eight videos, 64 encoded clips, and a reward model.
+    make_clips(Path("demo/clips"), range(8))
+    for part, seeds in [("train", range(48)), ("val", range(48, 64))]:
+        make_clips(work / part, seeds)
+        command("data.py", "--list", work / part / "clips.json", "--output", f"demo/{part}")
+    command("train_pavrm.py", "--train", work / "data/index.jsonl", "--output", work / "pavrm", *PAVRM_FLAGS)
+    PAVRM.from_pretrained(work / "pavrm/reward").save_pretrained("demo/reward", dtype=torch.bfloat16)
 
 
 def main():

@@ -175,6 +175,10 @@ def save_weights(directory, state, config, name="diffusion_pytorch_model", dtype
     Every rank calls it (sharded tensors are gathered one at a time); rank 0 holds one file at most, and writes.
     `config` is the content of config.json. `dtype` casts floating tensors, None keeps them.
     """
+    directory = Path(directory)
+    others = [file.name for file in sorted(directory.glob("*")) if file.name != "config.json" and not file.name.startswith(name)]
+    if others:  # the directory is replaced as a whole, and those would be lost
+        raise InputError(f"{directory} holds other files ({', '.join(others[:3])}); save to a directory of its own")
     size = {key: tensor.numel() * (dtype or tensor.dtype).itemsize for key, tensor in state.items()}
     shards = [[]]
     for key in state:
@@ -201,7 +205,7 @@ def save_weights(directory, state, config, name="diffusion_pytorch_model", dtype
     with written_whole(directory) as beside:
         beside.mkdir()
         for file, keys in zip(names, shards):
-            _save_file(gather(keys), beside / file, Path(directory) / file, {"format": "pt"})
+            _save_file(gather(keys), beside / file, directory / file, {"format": "pt"})
         if len(shards) > 1:
             weight_map = {key: file for file, keys in zip(names, shards) for key in keys}
             index = {"metadata": {"total_size": sum(size.values())}, "weight_map": weight_map}

@@ -63,12 +63,16 @@ def test_a_save_that_fails_leaves_what_was_there(tmp_path, monkeypatch, fault, r
     assert load_weights(layer, tmp_path / "model").a.tolist() == [1, 1, 1]
 
 
-def test_the_old_directory_is_replaced_whole(tmp_path):
-    save_weights(tmp_path / "model", {"a": torch.ones(3)}, {})
-    (tmp_path / "model/old_file").write_text("left over")
-    save_weights(tmp_path / "model", {"a": torch.zeros(3)}, {})
+def test_an_old_save_is_replaced_but_nothing_else_is(tmp_path):
+    save_weights(tmp_path / "model", {"a": torch.ones(3)}, {"version": 1})
+    (tmp_path / "model/diffusion_pytorch_model.safetensors.index.json").write_text("of an older save")
+    save_weights(tmp_path / "model", {"a": torch.zeros(3)}, {"version": 2})
     assert sorted(os.listdir(tmp_path / "model")) == ["config.json", "diffusion_pytorch_model.safetensors"]
     assert os.listdir(tmp_path) == ["model"]
+    (tmp_path / "model/Wan2.1_VAE.pth").write_text("precious")
+    with pytest.raises(InputError, match="holds other files .Wan2.1_VAE.pth."):
+        save_weights(tmp_path / "model", {"a": torch.ones(3)}, {})
+    assert (tmp_path / "model/Wan2.1_VAE.pth").read_text() == "precious"
 
 
 def test_a_failed_rename_puts_the_old_directory_back(tmp_path, monkeypatch):

@@ -47,7 +47,8 @@ class RMSNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(dim, *[1] * axes))
 
     def forward(self, x):
-        return F.normalize(x, dim=1) * x.shape[1] ** 0.5 * self.gamma
+        inverse_norm = x.square().sum(1, keepdim=True).clamp(min=1e-24).rsqrt()
+        return x * inverse_norm * (x.shape[1] ** 0.5 * self.gamma)
 
 
 class ResidualBlock(nn.Module):

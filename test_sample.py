@@ -1,0 +1,295 @@
+"""Sampling with tiny random models of every kind: the files written, the walk by hand, the condition, what is refused."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import av
+import pytest
+import torch
+import torch.nn.functional as F
+
+import sample
+from clip import CLIPVisionModel
+from data import CLIP_FILE, NEGATIVE_PROMPT, T5_FILE, VAE_FILE, Encoder, read_image, read_video, to_uint8
+from files import InputError
+from model import WanModel
+from solver import UniPC
+from t5 import UMT5Encoder
+from test_data import models as encoders  # noqa: F401, a fixture: {model type: directory}, the encoders alone
+from testdata.golden import fill_
+from vae import WanVAE
+
+torch.set_num_threads(1)  # everything here is tiny: more threads only get in each other's way
+
+DIT = dict(dim=24, ffn_dim=32, freq_dim=16, out_dim=16, num_heads=2, num_layers=2, text_len=32, text_dim=16)
+SAMPLING = {"size": [48, 32], "frames": 5, "fps": 8, "steps": 3, "shift": 3.0, "guidance": 2.0, "prompt": ["a red ball rolls left"]}
+
+
+def transformer(directory, seed=0, **config):
+    model = WanModel({**DIT, **config})
+    fill_(model.state_dict(), seed)
+    model.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def models(encoders, tmp_path_factory):  # noqa: F811
+    """{kind: official directory}; i2v is Wan2.2's, without CLIP, i2v_clip and flf2v are Wan2.1's. All have SAMPLING."""
+    root = tmp_path_factory.mktemp("sampled")
+    for kind in ("t2v", "i2v", "i2v_clip", "flf2v"):
+        images = kind in ("i2v_clip", "flf2v")
+        transformer(root / kind, model_type=kind.removesuffix("_clip"), in_dim=16 if kind == "t2v" else 36, use_clip=images)
+        for file in ("google", VAE_FILE, T5_FILE):
+            (root / kind / file).symlink_to(encoders["t2v"] / file)
+        (root / kind / "sampling.json").write_text(json.dumps(SAMPLING))
+        if images and not (root / CLIP_FILE).exists():  # 257 tokens of 1280, as the transformers expect
+            torch.manual_seed(0)
+            state = CLIPVisionModel(num_layers=1, out_dim=8).state_dict()
+            torch.save({name: tensor.bfloat16() for name, tensor in state.items()}, root / CLIP_FILE)
+        if images:
+            (root / kind / CLIP_FILE).symlink_to(root / CLIP_FILE)
+    return {path.name: path for path in root.iterdir() if path.is_dir()}
+
+
+@pytest.fixture(autouse=True)
+def on_cpu(request, monkeypatch):
+    if "cuda" not in request.node.name:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """What the transformer is given, call by call (`calls`), and what the VAE decodes (`latents`)."""
+    forward, decode, record = WanModel.forward, WanVAE.decode, SimpleNamespace(calls=[], latents=[])
+
+    def watched_forward(self, x, t, context, **condition):
+        record.calls.append(SimpleNamespace(t=t.item(), text=context[0], condition=condition))
+        return forward(self, x, t, context, **condition)
+
+    def watched_decode(self, latents):
+        record.latents.append(latents)
+        return decode(self, latents)
+
+    monkeypatch.setattr(WanModel, "forward", watched_forward)
+    monkeypatch.setattr(WanVAE, "decode", watched_decode)
+    return record
+
+
+def run(directory, output, *flags):
+    sample.main(["--model", str(directory), "--output", str(output), *map(str, flags)])
+    return output
+
+
+def photograph(path, width, height):
+    """A picture with a slope of grey from top to bottom."""
+    rows = torch.linspace(0, 255, height).round().to(torch.uint8)
+    av.VideoFrame.from_ndarray(rows[:, None, None].repeat(1, width, 3).numpy()).save(path)
+    return path
+
+
+# ---------------------------------------------------------------------------------------------- the file
+
+def test_a_video_is_written_that_plays_anywhere(models, tmp_path):
+    path = run(models["t2v"], tmp_path / "new/a.mp4")
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
+        assert (stream.width, stream.height, stream.frames, stream.average_rate) == (48, 32, 5, 8)
+    assert [file.name for file in path.parent.iterdir()] == ["a.mp4"]
+    assert read_video(path, fps=8).float().std() > 5  # a picture, not one colour
+
+
+def test_the_seed_decides_the_video(models, tmp_path):
+    one, again, other = (run(models["t2v"], tmp_path / name, "--seed", seed).read_bytes()
+                         for name, seed in [("a.mp4", 3), ("b.mp4", 3), ("c.mp4", 4)])
+    assert one == again != other
+
+
+def test_several_prompts_are_numbered_and_each_has_the_next_seed(models, tmp_path, capsys):
+    run(models["t2v"], tmp_path / "a.mp4", "--prompt", "two balls", "the cat sat", "--seed", 5)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a-0.mp4", "a-1.mp4"]
+    assert capsys.readouterr().out.splitlines() == [f"{tmp_path}/a-0.mp4: 5 frames of 48x32, seed 5, 'two balls'",
+                                                    f"{tmp_path}/a-1.mp4: 5 frames of 48x32, seed 6, 'the cat sat'"]
+    for n, prompt in enumerate(["two balls", "the cat sat"]):
+        alone = run(models["t2v"], tmp_path / "alone.mp4", "--prompt", prompt, "--seed", 5 + n)
+        assert alone.read_bytes() == (tmp_path / f"a-{n}.mp4").read_bytes()
+
+
+# ---------------------------------------------------------------------------------------------- the walk
+
+def test_the_walk_by_hand(models, tmp_path, seen, monkeypatch):
+    """One float32 draw, three guided UniPC steps, the VAE's decoder, rounding: that is all."""
+    written = []
+    monkeypatch.setattr(sample, "write_video", lambda path, video, fps: written.append((path, video, fps)))
+    run(models["t2v"], tmp_path / "a.mp4", "--prompt", "two balls", "--negative_prompt", "the cat", "--seed", 7, "--size", "32x64")
+    model, encoder = WanModel.from_pretrained(models["t2v"]), Encoder(models["t2v"], "cpu")
+    positive, negative = encoder.text(["two balls", "the cat"])
+    solver = UniPC(3, 3.0)
+    x = torch.randn(16, 2, 8, 4, generator=torch.Generator().manual_seed(7))[None]
+    with torch.no_grad():
+        for i, t in enumerate(solver.timesteps):
+            v, v_negative = (model(x, t[None].float(), [text]) for text in (positive, negative))
+            x = solver.step(v_negative + 2.0 * (v - v_negative), i, x)
+        video = to_uint8(encoder.video_encoder.decode(x)[0])
+    assert torch.equal(seen.latents[0], x) and x.dtype == torch.float32
+    (path, pixels, fps), = written
+    assert torch.equal(pixels, video) and (path, fps) == (tmp_path / "a.mp4", 8)
+
+
+def test_guidance_one_does_not_evaluate_the_negative_prompt(models, tmp_path, seen):
+    positive, negative = Encoder(models["t2v"], "cpu").text([*SAMPLING["prompt"], NEGATIVE_PROMPT])
+    run(models["t2v"], tmp_path / "a.mp4", "--guidance", 1)
+    assert [torch.equal(call.text, positive) for call in seen.calls] == [True] * 3
+    seen.calls.clear()
+    run(models["t2v"], tmp_path / "a.mp4")
+    assert [torch.equal(call.text, positive) for call in seen.calls] == [True, False] * 3
+    assert [torch.equal(call.text, negative) for call in seen.calls] == [False, True] * 3
+    assert not torch.equal(*seen.latents)
+
+
+def test_another_transformer_is_used_with_the_models_encoders(models, tmp_path, seen):
+    trained = transformer(tmp_path / "trained", seed=1, model_type="t2v", in_dim=16)
+    run(models["t2v"], tmp_path / "a.mp4")
+    run(models["t2v"], tmp_path / "b.mp4", "--transformer", trained)
+    run(models["t2v"], tmp_path / "c.mp4", "--transformer", models["t2v"])
+    base, other, same = seen.latents
+    assert torch.equal(base, same) and not torch.allclose(base, other, atol=0.1)
+
+
+@pytest.mark.parametrize("solver", ["dpm++", "euler"])
+def test_the_solver_is_chosen(models, tmp_path, seen, solver):
+    run(models["t2v"], tmp_path / "a.mp4", "--solver", solver, "--steps", 2, "--shift", 4)
+    expected = sample.SOLVERS[solver](2, 4.0).timesteps.tolist()
+    assert [call.t for call in seen.calls[::2]] == pytest.approx(expected)
+    run(models["t2v"], tmp_path / "a.mp4", "--steps", 2, "--shift", 4)
+    assert not torch.equal(*seen.latents)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("kind", ["t2v", "flf2v"])
+def test_on_cuda_in_bf16(models, tmp_path, seen, kind):
+    picture = photograph(tmp_path / "picture.png", 48, 32)
+    images = [] if kind == "t2v" else ["--image", picture, "--last_image", picture]
+    assert read_video(run(models[kind], tmp_path / "a.mp4", *images), fps=8).shape == (5, 32, 48, 3)
+    assert seen.latents[0].is_cuda and seen.latents[0].dtype == torch.float32
+
+
+# ---------------------------------------------------------------------------------------------- the numbers
+
+def test_numbers_come_from_the_command_then_sampling_json_then_the_published_ones(models, tmp_path):
+    def numbers(directory, *flags):
+        args = sample.parse_args(["--model", str(directory), *flags])
+        sample.fill_in(args)
+        return [args.steps, args.shift, args.guidance, tuple(args.size), args.frames, args.fps, args.prompt]
+
+    own = [3, 3.0, 2.0, (48, 32), 5, 8, ["a red ball rolls left"]]
+    assert numbers(models["t2v"]) == own
+    assert numbers(models["t2v"], "--steps", "9", "--prompt", "p") == [9, *own[1:6], ["p"]]
+    given = "--steps 1 --shift 2 --guidance 1 --size 16x32 --frames 9 --fps 24 --prompt p q".split()
+    assert numbers(models["t2v"], *given) == [1, 2.0, 1.0, (16, 32), 9, 24.0, ["p", "q"]]
+    images = ["--prompt", "p", "--image", "a.jpg", "--last_image", "b.jpg"]
+    for kind, flags, published in [("t2v", images[:2], [50, 5.0, 5.0, (832, 480)]), ("i2v", images[:4], [40, 5.0, 5.0, (832, 480)]),
+                                   ("flf2v", images, [50, 16.0, 5.0, (1280, 720)])]:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+        assert numbers(tmp_path, *flags) == [*published, 81, 16, ["p"]]
+    (tmp_path / "sampling.json").write_text('{"steps": 4}')
+    assert numbers(tmp_path, *images)[:2] == [4, 16.0]
+
+
+# ---------------------------------------------------------------------------------------------- images
+
+def test_the_size_follows_the_photograph():
+    def size(width, height, wanted):
+        return sample.size_for(torch.empty(3, height, width), *wanted)
+
+    for same in [(832, 480), (480, 832), (1280, 720), (720, 1280), (112, 144), (64, 64)]:
+        assert size(*same, same) == same and size(10 * same[0], 10 * same[1], same) == same
+    assert size(4000, 3000, (832, 480)) == (720, 544)  # exactly 729.7 x 547.3, the area of 832 x 480
+    assert size(3000, 4000, (832, 480)) == (544, 720) == size(3000, 4000, (480, 832))
+
+
+@pytest.mark.parametrize("kind", ["i2v", "i2v_clip"])
+def test_image_to_video_is_given_the_photograph(models, tmp_path, seen, kind):
+    picture = photograph(tmp_path / "picture.png", 60, 90)
+    path = run(models[kind], tmp_path / "a.mp4", "--image", picture, "--size", "32x48")
+    assert read_video(path, fps=8).shape == (5, 48, 32, 3)
+    path = run(models[kind], tmp_path / "a.mp4", "--image", picture, "--size", "48x32")  # only the area counts
+    assert read_video(path, fps=8).shape == (5, 48, 32, 3)
+
+    encoder, image = Encoder(models[kind], "cpu"), read_image(picture)[None]
+    condition = seen.calls[0].condition
+    assert all(call.condition is not None and call.condition.keys() == condition.keys() for call in seen.calls)
+    video = torch.zeros(1, 3, 5, 48, 32)
+    video[:, :, 0] = F.interpolate(image, (48, 32), mode="bicubic")
+    y = condition["y"]
+    assert torch.equal(y[:, 4:], encoder.video_encoder.encode(video))
+    assert torch.equal(y[:, :4], torch.tensor([1.0, 0.0]).view(1, 1, 2, 1, 1).expand(1, 4, 2, 6, 4))
+    if kind == "i2v":
+        assert condition.keys() == {"y"}
+    else:
+        assert torch.equal(condition["clip_fea"], encoder.image_encoder(image)) and condition["clip_fea"].shape == (1, 257, 1280)
+    negative, = encoder.text([("镜头晃动，" if kind == "i2v_clip" else "") + NEGATIVE_PROMPT])
+    assert torch.equal(seen.calls[1].text, negative)
+
+
+def test_first_and_last_frame_to_video(models, tmp_path, seen):
+    first, last = photograph(tmp_path / "first.png", 48, 32), photograph(tmp_path / "last.png", 24, 48)
+    path = run(models["flf2v"], tmp_path / "a.mp4", "--image", first, "--last_image", last)
+    assert read_video(path, fps=8).shape == (5, 32, 48, 3)
+    encoder, condition = Encoder(models["flf2v"], "cpu"), seen.calls[0].condition
+    first, last = read_image(first)[None], read_image(last)[None]
+    video = torch.zeros(1, 3, 5, 32, 48)
+    video[:, :, 0], video[:, :, -1] = first, F.interpolate(last, (32, 48), mode="bicubic")
+    assert torch.equal(condition["y"][:, 4:], encoder.video_encoder.encode(video))
+    assert condition["y"][0, :4, :, 3, 5].tolist() == [[1, 0], [1, 0], [1, 0], [1, 1]]
+    assert torch.equal(condition["clip_fea"], torch.cat([encoder.image_encoder(image) for image in (first, last)]))
+
+
+# ---------------------------------------------------------------------------------------------- refusals
+
+@pytest.mark.parametrize("kind, flags, message", [
+    ("nowhere", [], "nowhere/config.json does not exist"),
+    ("ti2v", [], "Wan2.2 TI2V, whose VAE"),
+    ("other", [], "describes no Wan model .model_type 'vace'"),
+    ("bare", [], "the prompt is empty; give one with --prompt"),
+    ("t2v", ["--prompt", "two balls", " "], "the prompt is empty"),
+    ("t2v", ["--image", "picture.png"], "a t2v model takes no --image"),
+    ("i2v", ["--image", "picture.png", "--last_image", "picture.png"], "a i2v model takes no --last_image"),
+    ("i2v", [], "a i2v model needs --image"),
+    ("flf2v", ["--image", "picture.png"], "a flf2v model needs --last_image"),
+    ("i2v", ["--image", "gone.png"], "gone.png does not exist"),
+    ("i2v", ["--image", "text.png"], "text.png is damaged, cut short or no video"),
+    ("i2v", ["--image", "thin.png"], "both sides must be multiples of 16"),
+    ("t2v", ["--size", "40x32"], "40x32 does not fit the model; both sides must be multiples of 16"),
+    ("t2v", ["--size", "0x32"], "0x32 does not fit"),
+    ("t2v", ["--frames", "8"], "--frames 8 does not fit the VAE; give 1 . 4n"),
+    ("t2v", ["--frames", "-3"], "--frames -3 does not fit"),
+    ("t2v", ["--steps", "0"], "--steps 0 .* above 0"),
+    ("t2v", ["--fps", "0"], "--fps 0.* above 0"),
+    ("t2v", ["--transformer", "nowhere"], "nowhere/config.json does not exist"),
+    ("t2v", ["--transformer", "i2v"], "takes 36 channels .* got 16"),
+])
+def test_what_cannot_be_sampled_is_refused_in_one_sentence(models, tmp_path, monkeypatch, kind, flags, message):
+    for name, directory in models.items():
+        (tmp_path / name).symlink_to(directory)
+    for name, model_type in [("ti2v", "ti2v"), ("other", "vace"), ("bare", "t2v")]:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"model_type": model_type}))
+    photograph(tmp_path / "picture.png", 60, 90)
+    photograph(tmp_path / "thin.png", 4, 900)
+    (tmp_path / "text.png").write_text("no picture")
+    monkeypatch.chdir(tmp_path)
+    before = set(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match=message) as error:
+        run(kind, "out/a.mp4", *flags)
+    assert "\n" not in str(error.value) and not str(error.value).endswith(".")
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_the_command_ends_in_one_line_and_an_exit_code(tmp_path):
+    done = subprocess.run([sys.executable, Path(__file__).with_name("sample.py"), "--model", "nowhere"], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "error: nowhere/config.json does not exist; check the path\n"
