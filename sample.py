@@ -10,6 +10,7 @@ Numbers that are not given on the command line are those of `sampling.json` in t
 else the published ones of the model.
 """
 import argparse
+import math
 from pathlib import Path
 
 import torch
@@ -60,18 +61,22 @@ def fill_in(args):
             setattr(args, name, value)
     if not args.prompt or not all(prompt.strip() for prompt in args.prompt):
         raise InputError("the prompt is empty; give one with --prompt")
-    if args.frames % 4 != 1:
+    for name in ("steps", "fps"):
+        if getattr(args, name) <= 0:
+            raise InputError(f"--{name} {getattr(args, name)} makes no video; give a number above 0")
+    if args.frames < 1 or args.frames % 4 != 1:
         raise InputError(f"--frames {args.frames} does not fit the VAE; give 1 + 4n, such as 81")
     for name, needed in [("image", model_type != "t2v"), ("last_image", model_type == "flf2v")]:
         if needed != bool(getattr(args, name)):
-            raise InputError(f"a {model_type} model {'needs' if needed else 'takes no'} --{name}")
+            raise InputError(f"the {model_type} model {args.model} {'needs' if needed else 'takes no'} --{name}")
     return model_type
 
 
 def size_for(image, width, height):
     """(width, height) of the image's aspect ratio and about the area width x height, in multiples of 16."""
-    ratio, area = image.shape[1] / image.shape[2], width * height
-    return int((area / ratio) ** 0.5) // 16 * 16, int((area * ratio) ** 0.5) // 16 * 16
+    rows, columns = image.shape[1:]
+    area = width * height  # in whole numbers: a rounded root of 480 squared may fall short of it, and then loses 16
+    return math.isqrt(area * columns // rows) // 16 * 16, math.isqrt(area * rows // columns) // 16 * 16
 
 
 @torch.no_grad()
@@ -84,8 +89,8 @@ def main(argv=None):
     images = [read_image(path) for path in (args.image, args.last_image) if path]          # (3, H, W) in [-1, 1] each
     if images:
         width, height = size_for(images[0], width, height)
-    if width % 16 or height % 16:
-        raise InputError(f"--size {width}x{height} does not fit the model; both sides must be multiples of 16")
+    if min(width, height) < 16 or width % 16 or height % 16:
+        raise InputError(f"a video of {width}x{height} does not fit the model; give a --size in multiples of 16")
 
     # The condition. The text encoder is large and has nothing more to do afterwards.
     encoder = Encoder(args.model, device)
