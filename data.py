@@ -27,7 +27,6 @@ import json
 import math
 import os
 import random
-import sys
 import time
 from collections import Counter
 from fractions import Fraction
@@ -42,6 +41,7 @@ import torch.nn.functional as F
 from av.video.reformatter import ColorRange, Colorspace
 from tqdm import tqdm
 
+import parallel
 from clip import CLIPVisionModel
 from files import InputError, open_safetensors, read_json, write_safetensors, written_whole
 from t5 import Tokenizer, UMT5Encoder, encode_prompts
@@ -684,7 +684,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (InputError, OSError) as error:
-        sys.exit(f"error: {error}")
+    parallel.run(main)

@@ -5,6 +5,7 @@ badly (frozen, jittering, torn or changing its shape), so labels are truth, and 
 pixels alone, which no model ever sees.
 """
 import argparse
+import json
 import math
 import shutil
 import subprocess
@@ -21,7 +22,7 @@ from torch import nn
 from tqdm import trange
 
 import parallel
-from data import T5_FILE, VAE_FILE, Clips, to_uint8, write_video
+from data import T5_FILE, VAE_FILE, Clips, label, to_uint8, write_video
 from files import InputError, remove, write_json, written_whole
 from model import WanConfig, WanModel
 from reward import PAVRM
@@ -211,6 +212,14 @@ def save_pth(module, path):
         torch.save({name: tensor.detach().bfloat16() for name, tensor in module.state_dict().items()}, beside)
 
 
+def encode(clips, output):
+    """Encode a directory's clips, and put those that move well in an index of their own: good.jsonl."""
+    command("data.py", "--list", clips / "clips.json", "--output", output)
+    lines = (output / "index.jsonl").read_text().splitlines(keepends=True)
+    good = [line for line in lines if label(json.loads(line)["labels"], "motion_quality") == 1]
+    (output / "good.jsonl").write_text("".join(good))
+
+
 def make_clips(directory, seeds, bad_share=0.5):
     """Videos of the seeds' clips, and their clips.json."""
     entries = []
@@ -273,11 +282,11 @@ def run(output):
     make_clips(output / "clips/train", range(CLIPS))
     make_clips(output / "clips/val", range(CLIPS, CLIPS + HELD_OUT))
     for part in ("train", "val"):
-        command("data.py", "--list", output / f"clips/{part}/clips.json", "--output", output / part)
+        encode(output / "clips" / part, output / part)
     command("train_pavrm.py", "--train", output / "train/index.jsonl", "--val", output / "val/index.jsonl",
             "--output", output / "pavrm", *PAVRM_FLAGS)
-    command("train_prfl.py", "--data", output / "train/index.jsonl", "--reward", output / "pavrm/reward",
-            "--only_good", "motion_quality", "--output", output / "prfl", *PRFL_FLAGS)
+    command("train_prfl.py", "--data", output / "train/good.jsonl", "--reward", output / "pavrm/reward",
+            "--output", output / "prfl", *PRFL_FLAGS)
 
     # The same prompts and seeds before and after. The held-out clips give the prompts, not the videos.
     print("\nsampling before and after", flush=True)
@@ -313,6 +322,8 @@ def run(output):
 def build():
     """Make everything under demo/ again: hours on two cores."""
     directory, work = Path("demo/model"), Path("outputs/build")
+    if work.exists():
+        raise InputError(f"{work} is left over from an earlier build; delete it")
     make_text_encoder(directory)
     train_vae(directory / VAE_FILE)
     write_json(directory / "sampling.json", {"size": [SIZE, SIZE], "frames": FRAMES, "fps": FPS, "steps": 20, "shift": 5.0,
@@ -321,7 +332,7 @@ def build():
     WanModel(CONFIG).save_pretrained(work / "start")
     write_json(directory / "config.json", CONFIG.official())
     make_clips(work / "clips", range(10_000, 13_072))
-    command("data.py", "--list", work / "clips/clips.json", "--output", work / "data")
+    encode(work / "clips", work / "data")
     start = work / "start"
     for leg, (lr, steps) in enumerate(LEGS):
         command("train_prfl.py", "--model", start, "--data", work / "data/index.jsonl", "--output", work / f"dit{leg}", "--phases", "sft",
@@ -334,7 +345,7 @@ def build():
     make_clips(Path("demo/clips"), range(8))
     for part, seeds in [("train", range(48)), ("val", range(48, 64))]:
         make_clips(work / part, seeds)
-        command("data.py", "--list", work / part / "clips.json", "--output", f"demo/{part}")
+        encode(work / part, Path("demo", part))
     command("train_pavrm.py", "--train", work / "data/index.jsonl", "--output", work / "pavrm", *PAVRM_FLAGS)
     PAVRM.from_pretrained(work / "pavrm/reward").save_pretrained("demo/reward", dtype=torch.bfloat16)
 
@@ -347,6 +358,8 @@ def main():
     if args.build:
         build()
     else:
+        if args.output.exists() and not (args.output / "clips/train").is_dir():
+            raise InputError(f"{args.output} was not made by the demo and would be replaced; choose another --output")
         remove(args.output)
         run(args.output)
 

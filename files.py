@@ -201,6 +201,7 @@ def save_weights(directory, state, config, name="diffusion_pytorch_model", dtype
     if not is_main():
         for keys in shards:
             gather(keys)
+        dist.barrier()  # nobody goes on before the files stand
         return
     with written_whole(directory) as beside:
         beside.mkdir()
@@ -211,6 +212,8 @@ def save_weights(directory, state, config, name="diffusion_pytorch_model", dtype
             index = {"metadata": {"total_size": sum(size.values())}, "weight_map": weight_map}
             (beside / f"{name}.safetensors.index.json").write_text(json.dumps(index, indent=1))
         (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def is_main():

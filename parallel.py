@@ -7,6 +7,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
-from files import InputError, is_main, remove, write_json, written_whole
+from files import InputError, is_main, read_json, remove, write_json, written_whole
 
 KEPT_CHECKPOINTS = 2
 
@@ -33,10 +34,12 @@ KEPT_CHECKPOINTS = 2
 
 def start():
     """Join the processes that torchrun started, or stand alone. Returns this process's device."""
-    cuda = torch.cuda.is_available()
+    cuda, local_rank = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
+        if local_rank >= torch.cuda.device_count():
+            raise InputError(f"there are more processes than the {torch.cuda.device_count()} GPUs here; lower --nproc_per_node")
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timedelta(minutes=10))
@@ -46,16 +49,20 @@ def start():
 
 
 def run(main):
-    """Run a script's main(): an error in the input, or of the disk, ends it with one sentence and exit code 1."""
+    """Run a script's main(): an error in the input, or of the disk, ends it with one sentence and exit code 1.
+
+    It ends at once then, without waiting for the other processes: they may never come. torchrun stops those.
+    """
     try:
-        main()
+        code = main()
     except (InputError, OSError) as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
     except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        os._exit(128 + signal.SIGINT)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(code)
 
 
 def share(batch):
@@ -69,17 +76,18 @@ def share(batch):
 
 
 def deal(count):
-    """This rank's numbers out of range(count), for work that is shared out one by one.
+    """This rank's numbers out of range(count), for work that is shared out one by one: (number, counts) pairs.
 
-    All ranks get equally many, so that they meet in the same collectives; the last number may come up more than once.
+    All ranks get equally many, so that they meet in the same collectives. Where that is too many, the last number
+    comes up again, on another rank: that one does the work too, but it does not count.
     """
-    rounds = -(-count // dist.get_world_size())
-    return [min(dist.get_rank() + i * dist.get_world_size(), count - 1) for i in range(rounds)]
+    numbers = range(dist.get_rank(), count + -count % dist.get_world_size(), dist.get_world_size())
+    return [(min(n, count - 1), n < count) for n in numbers]
 
 
-def mean(value):
-    """Mean over the ranks, of a number or a tensor of one element, as a Python number."""
-    total = torch.as_tensor(value, dtype=torch.float64, device="cpu").detach().clone()
+def mean(values):
+    """Mean of a tensor's values over all ranks, as a Python number; every rank has equally many."""
+    total = values.detach().double().mean().cpu()
     dist.all_reduce(total)
     return total.item() / dist.get_world_size()
 
@@ -140,12 +148,21 @@ def noise(shape, *key):
 
 # ---------------------------------------------------------------------------------------------- checkpoints
 
-def open_run(output, resume):
-    """Make sure that a new run starts in a fresh directory, and that a resumed one has something to resume."""
-    if resume and not checkpoints(output):
-        raise InputError(f"{output} holds no complete checkpoint to resume; start without --resume")
-    if not resume and Path(output, "log.jsonl").exists():
-        raise InputError(f"{output} already holds a run; continue it with --resume, or choose another --output")
+def check_run(args):
+    """Refuse what would lose a run's checkpoints, or resume it as another run, or cannot be shared by the processes."""
+    share(range(args.batch_size))
+    found = checkpoints(args.output)
+    if found and not args.resume:
+        raise InputError(f"{args.output} already holds a run; continue it with --resume, or choose another --output")
+    if args.resume:
+        if not found:
+            raise InputError(f"{args.output} holds no complete checkpoint to resume; start without --resume")
+        before = read_json(Path(args.output, "run.json"))["arguments"]
+        changed = [name for name, value in vars(args).items() if before.get(name) != value
+                   and name not in ("resume", "output", "steps") and not name.endswith("_every")]
+        if changed:
+            raise InputError(f"--resume with another {' and '.join('--' + name for name in changed)} than "
+                             f"{args.output}/run.json has would be another run; use the same, or another --output")
     dist.barrier()  # all have looked before one writes
 
 
@@ -173,7 +190,10 @@ def save_checkpoint(output, step, model, optimizer):
             remove(beside)
         if not isinstance(error, CheckpointException):
             raise
-        reasons = "; ".join(sorted({str(reason) for reason, _ in error.failures.values()}))
+        reasons = [reason for reason, _ in error.failures.values()]
+        if any(isinstance(reason, KeyboardInterrupt) for reason in reasons):
+            raise KeyboardInterrupt from None
+        reasons = "; ".join(sorted({str(reason) for reason in reasons}))
         raise OSError(f"the checkpoint {directory} could not be written ({reasons}); earlier ones are untouched") from None
     if is_main():
         remove(directory)  # of a run that went on from an earlier step
@@ -204,11 +224,10 @@ class Log:
         self.steps, self.device, self.path, self.started = steps, device, Path(output, "log.jsonl"), time.time()
         if not is_main():
             return
-        kept = self.path.read_text().splitlines() if first_step else []  # drop the steps that will be done again
         with written_whole(self.path) as beside:
-            beside.write_text("".join(line + "\n" for line in kept if json.loads(line)["step"] < first_step))
-        commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
-                                cwd=Path(__file__).parent).stdout.strip()
+            beside.write_text("".join(kept_lines(self.path, first_step)))
+        git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else None
         write_json(Path(output, "run.json"), {"arguments": vars(args), "commit": commit, "torch": torch.__version__,
                                               "processes": dist.get_world_size(), "device": str(device)})
 
@@ -237,12 +256,23 @@ class Log:
             sys.stdout.flush()
 
     def pause(self):
-        """Start the clock of the next step now: saving and sampling are no part of a step's time."""
+        """The next step's time and memory begin now: saving and sampling are no part of a step."""
         self.started = time.time()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+
+def kept_lines(path, first_step):
+    """The lines of a log that stay when a run goes on at `first_step`: what comes later will be done again."""
+    if not first_step or not path.exists():
+        return
+    for line in path.read_text().splitlines(keepends=True):
+        if line.endswith("\n") and json.loads(line)["step"] < first_step:  # the last line may be torn
+            yield line
 
 
 def peak_memory(device):
-    """The most memory held so far: on the GPU, or by this process."""
+    """GB: the most that was held on the GPU since the step began, or by this process since it began."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -1,7 +1,7 @@
 """Stage 1: train PAVRM, the process-aware video reward model (arXiv 2511.21541, section 3.2).
 
     python train_pavrm.py                                  # the tiny world, alone
-    torchrun --nproc_per_node=8 train_pavrm.py --model Wan2.1-T2V-14B --train ... --val ...
+    torchrun --nproc_per_node=8 train_pavrm.py --batch_size 8 --model Wan2.1-T2V-14B --train ... --val ...
 
 One step, for a clip x_0 with a human label y in {0, 1}:
 
@@ -60,20 +60,18 @@ def parse_args(argv=None):
 def evaluate(pavrm, clips, indices, args, device):
     """{timestep: measures} over held-out clips, each with its own fixed noise and its short caption."""
     schedule = TrainingSchedule(args.shift)
-    logits, times_done = torch.zeros(len(args.eval_timesteps), len(indices)), torch.zeros(len(indices))
-    for n in tqdm(parallel.deal(len(indices)), desc="evaluating", leave=False, disable=not is_main()):
+    logits = torch.zeros(len(args.eval_timesteps), len(indices))
+    for n, counts in tqdm(parallel.deal(len(indices)), desc="evaluating", leave=False, disable=not is_main()):
         clip = clips.load(indices[n])
         x0, condition = collate([clip], pavrm.dit.config, device)
         noise = parallel.noise(x0.shape, args.seed, clip["entry"]["source_id"], "evaluation").to(device)
         for row, t in enumerate(args.eval_timesteps):
             x = add_noise(x0, noise, schedule.near(t))
             logit = pavrm(x, torch.tensor([float(t)], device=device), [clip["text_short"].to(device)], **condition)
-            logits[row, n] += logit.item()
-        times_done[n] += 1  # a clip may be dealt out twice
-    dist.all_reduce(logits)
-    dist.all_reduce(times_done)
+            logits[row, n] = logit.item() if counts else 0
+    dist.all_reduce(logits)  # each rank has zeros where others have worked
     labels = torch.tensor([label(clips.entries[i]["labels"], args.task) for i in indices]).float()
-    return {t: classification_measures(row / times_done, labels) for t, row in zip(args.eval_timesteps, logits)}
+    return {t: classification_measures(row, labels) for t, row in zip(args.eval_timesteps, logits)}
 
 
 def labelled(path, task):
@@ -93,7 +91,7 @@ def labelled(path, task):
 def main(argv=None):
     args = parse_args(argv)
     device = parallel.start()
-    parallel.open_run(args.output, args.resume)
+    parallel.check_run(args)
     clips, indices = labelled(args.train, args.task)
     val_clips, val_indices = labelled(args.val, args.task)
     order = Order([entry["shape"] for entry in clips.entries], args.batch_size, args.seed, indices)
@@ -118,7 +116,7 @@ def main(argv=None):
     optimizer = torch.optim.AdamW([{"params": [p for module in blocks for p in module.parameters()], "lr": args.lr},
                                    {"params": [p for module in head for p in module.parameters()], "lr": args.head_lr}],
                                   betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=device.type == "cuda")
-    first_step = parallel.load_checkpoint(args.output, pavrm, optimizer)
+    first_step = parallel.load_checkpoint(args.output, pavrm, optimizer) if args.resume else 0
     log = parallel.Log(args.output, args, args.steps, first_step, device)
 
     for step in range(first_step, args.steps):
@@ -143,14 +141,13 @@ def main(argv=None):
         log(step, loss=parallel.mean(loss), accuracy=parallel.mean(right), norm=norm)
         done = step + 1
         if done % args.eval_every == 0 or done == args.steps:
-            report(evaluate(pavrm, val_clips, val_indices, args, device), done, log)
+            report(evaluate(pavrm, val_clips, val_indices, args, device), step, log)
         if done % args.save_every == 0 or done == args.steps:
             parallel.save_checkpoint(args.output, done, pavrm, optimizer)
         log.pause()
 
     pavrm.save_pretrained(Path(args.output, "reward"))
-    if is_main():
-        print(f"the reward model is in {args.output}/reward")
+    log.say(f"the reward model is in {args.output}/reward")
 
 
 def report(measures, step, log):

@@ -1,17 +1,17 @@
 """Stage 2: PRFL, process reward feedback learning (arXiv 2511.21541, section 3.3): train the generator against PAVRM.
 
     python train_prfl.py                                   # the tiny world, alone
-    torchrun --nproc_per_node=8 train_prfl.py --model Wan2.1-T2V-14B --reward outputs/pavrm/reward --data ...
+    torchrun --nproc_per_node=8 train_prfl.py --batch_size 8 --model Wan2.1-T2V-14B --reward outputs/pavrm/reward --data ...
 
 One iteration has two phases, each with an update of its own:
 
-    SFT      x_s = (1 - s) x_0 + s noise                     a real clip, at a random noise level
+    SFT      x_s = (1 - s) x_0 + s noise                     a real clip, at a random noise level s
              loss = |v(x_s, t) - (noise - x_0)|^2            flow matching: stay a model of real clips
 
-    reward   x_K = noise;  k ~ uniform over the steps but the last
-             k solver steps from x_K without gradient        roll out to a random step ...
-             one solver step with gradient  ->  x_next       ... and take one more
-             loss = weight * relu(2 - sigmoid(PAVRM(x_next, t_next)))
+    reward   x = noise;  k ~ uniform over all solver steps but the last
+             k solver steps on x, without gradient           roll out to a random step ...
+             one solver step with gradient  ->  x_next       ... take one more, and have the result judged
+             loss = weight * relu(2 - sigmoid(PAVRM(x_next, t_next)))       in effect weight * (2 - reward)
 
 The gradient flows through the frozen PAVRM and through that one step only. Nothing is decoded, so memory is that of
 one training step. Departures from the published code are listed in the README.
@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 import parallel
-from data import TASKS, Clips, Order, collate, label, to_uint8, write_video
+from data import VAE_FILE, Clips, Order, collate, to_uint8, write_video
 from files import InputError, load_weights
 from model import WanModel
 from reward import PAVRM, reward_loss
@@ -35,8 +35,7 @@ def parse_args(argv=None):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model", default="demo/model", help="official directory of the model to train")
     parser.add_argument("--reward", default="demo/reward", help="reward model, written by train_pavrm.py")
-    parser.add_argument("--data", default="demo/train/index.jsonl", help="index of encoded clips (data.py): real ones, that move well")
-    parser.add_argument("--only_good", choices=TASKS, help="leave out the clips whose label for this task is not 1 (default: keep all)")
+    parser.add_argument("--data", default="demo/train/good.jsonl", help="index of encoded clips (data.py): real ones, that move well")
     parser.add_argument("--output", default="outputs/prfl", help="directory of this run: model/, checkpoints/, samples/, log.jsonl")
     parser.add_argument("--phases", nargs="+", default=["sft", "reward"], choices=["sft", "reward"], help="phases of an iteration")
     parser.add_argument("--steps", type=int, default=200, help="iterations")
@@ -72,7 +71,8 @@ def sft_loss(policy, x0, noise, sigma, t, texts, condition):
 def rewarded_step(policy, pavrm, solver, noise, k, texts, condition):
     """Roll out to step k and score one step more: x_next (B, C, F, H, W) and the logit (B,), both with gradient.
 
-    The latents stay float32 throughout. The reward sees the policy's own text states.
+    The latents stay float32 throughout. The reward sees the policy's own text states. `solver` remembers the steps
+    before (they are constants here), so one more step by hand goes on where `walk` stopped.
     """
     def velocity(x, t):
         return policy(x, t, texts, **condition)
@@ -89,70 +89,94 @@ def rewarded_step(policy, pavrm, solver, noise, k, texts, condition):
 def main(argv=None):
     args = parse_args(argv)
     device = parallel.start()
-    parallel.open_run(args.output, args.resume)
+    parallel.check_run(args)
+    if args.rollout_steps < 2:
+        raise InputError(f"--rollout_steps {args.rollout_steps} leaves no step to reward; give at least 2")
     clips = Clips(args.data)
     clips.check()
     empty_prompt = clips.prompts["empty"].to(device)
-    indices = [i for i, entry in enumerate(clips.entries) if not args.only_good or label(entry["labels"], args.only_good) == 1]
-    order = Order([entry["shape"] for entry in clips.entries], args.batch_size, args.seed, indices)
+    order = Order([entry["shape"] for entry in clips.entries], args.batch_size, args.seed)
     schedule = TrainingSchedule(args.shift)
-    solver = UniPC(args.rollout_steps, args.shift)
 
-    # The policy, and the reward model, frozen in fact: its parameters take no gradient.
+    # Both models as structure only, without weights, to see that everything fits before anything large is loaded.
     policy = WanModel.on_meta(args.model)
+    collate([clips.load(0)], policy.config, "cpu")
+    pavrm = PAVRM.on_meta(args.reward).requires_grad_(False) if "reward" in args.phases else None
+    for name in ("in_dim", "text_dim", "text_len", "use_clip") if pavrm else ():
+        ours, theirs = getattr(policy.config, name), getattr(pavrm.dit.config, name)
+        if ours != theirs:
+            raise InputError(f"the reward model {args.reward} has {name} {theirs}, but {args.model} has {ours}; "
+                             f"train it on a model of this kind with train_pavrm.py")
+    vae = WanVAE.from_pretrained(Path(args.model, VAE_FILE), device=device) if args.sample_every else None
+
+    # Shard each over all processes, give each shard its memory, then read the weights into it.
     parallel.shard(policy, policy.blocks, [policy.time_embedding, policy.time_projection, policy.head], device)
     load_weights(policy.to_empty(device=device), args.model)
-    if "reward" in args.phases:
-        pavrm = PAVRM.on_meta(args.reward).requires_grad_(False)
-        if pavrm.dit.config.in_dim != policy.config.in_dim or pavrm.dit.config.text_dim != policy.config.text_dim:
-            raise InputError(f"the reward model {args.reward} takes other latents or text states than {args.model}; "
-                             f"train it on this model with train_pavrm.py")
-        parallel.shard(pavrm, pavrm.dit.blocks, [pavrm.dit.time_embedding, pavrm.dit.time_projection,
-                                                 pavrm.query_attention, pavrm.mlp], device)
-        load_weights(pavrm.to_empty(device=device), args.reward)
-        pavrm.dit.checkpoint_blocks = args.checkpoint_blocks
     policy.checkpoint_blocks = args.checkpoint_blocks
+    if pavrm:
+        dit = pavrm.dit
+        parallel.shard(pavrm, dit.blocks, [dit.time_embedding, dit.time_projection, pavrm.query_attention, pavrm.mlp], device)
+        load_weights(pavrm.to_empty(device=device), args.reward)
+        dit.checkpoint_blocks = args.checkpoint_blocks
 
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay,
                                   fused=device.type == "cuda")
-    first_step = parallel.load_checkpoint(args.output, policy, optimizer)
+    first_step = parallel.load_checkpoint(args.output, policy, optimizer) if args.resume else 0
     log = parallel.Log(args.output, args, args.steps, first_step, device)
 
+    def micro_batch(micro_step, phase):
+        """This process's part of a micro-step: x_0 and noise (B, C, F, H, W), text states, image condition, and keys
+        for further draws, one a clip. Both phases of an iteration see the same clips and captions."""
+        share = parallel.share(order[micro_step])  # (place in the batch, clip)
+        keys = [(args.seed, micro_step, place) for place, _ in share]
+        samples = [clips.load(i) for _, i in share]
+        x0, condition = collate(samples, policy.config, device)
+        texts = [choose_caption(sample, empty_prompt, args, key) for sample, key in zip(samples, keys)]
+        noise = torch.stack([parallel.noise(x0.shape[1:], *key, phase) for key in keys]).to(device)
+        return x0, noise, texts, condition, keys
+
     for step in range(first_step, args.steps):
+        micro_steps = range(step * args.accumulation, (step + 1) * args.accumulation)
         logged = {}
-        for phase in args.phases:
+
+        if "sft" in args.phases:
             optimizer.zero_grad()
-            for micro in range(args.accumulation):
-                # What this rank does of micro-step number `draw`. Both phases of an iteration see the same clips.
-                draw = step * args.accumulation + micro
-                share = parallel.share(order[draw])  # (position in the batch, clip)
-                samples = [clips.load(i) for _, i in share]
-                x0, condition = collate(samples, policy.config, device)                     # (B, C, F, H, W)
-                texts = [choose_caption(sample, empty_prompt, args, (args.seed, draw, n)) for (n, _), sample in zip(share, samples)]
-                noise = torch.stack([parallel.noise(x0.shape[1:], args.seed, draw, n, phase) for n, _ in share]).to(device)
-
-                if phase == "sft":
-                    levels = [schedule.at(parallel.uniform(args.seed, draw, n, "timestep")) for n, _ in share]
-                    sigma, t = (torch.tensor(column, dtype=torch.float32, device=device) for column in zip(*levels))  # (B,)
-                    loss = sft_loss(policy, x0, noise, sigma, t, texts, condition)
-                else:
-                    # One k for all ranks: with different ones they would meet in different collectives.
-                    k = int(parallel.uniform(args.seed, draw, "k") * (args.rollout_steps - 1))
-                    _, logit = rewarded_step(policy, pavrm, solver, noise, k, texts, condition)
-                    loss = reward_loss(logit, args.reward_weight)
-                    add(logged, "reward", logit.sigmoid().mean().item() / args.accumulation)
-                    logged.setdefault("k", []).append(k)
+            losses = []
+            for micro_step in micro_steps:
+                x0, noise, texts, condition, keys = micro_batch(micro_step, "sft")
+                levels = [schedule.at(parallel.uniform(*key, "timestep")) for key in keys]
+                sigma, t = (torch.tensor(column, dtype=torch.float32, device=device) for column in zip(*levels))    # (B,)
+                loss = sft_loss(policy, x0, noise, sigma, t, texts, condition)
                 (loss / args.accumulation).backward()
-                add(logged, f"{phase}_loss", loss.item() / args.accumulation)
-            logged[f"{phase}_norm"] = parallel.clip_gradients(policy.parameters(), args.max_norm)
+                losses.append(loss.detach())
+            logged["sft_norm"] = parallel.clip_gradients(policy.parameters(), args.max_norm)
             optimizer.step()
-        log(step, **{name: parallel.mean(value) if isinstance(value, float) else value for name, value in logged.items()})
+            logged["sft_loss"] = parallel.mean(torch.stack(losses))
 
+        if "reward" in args.phases:
+            optimizer.zero_grad()
+            losses, scores, ks = [], [], []
+            for micro_step in micro_steps:
+                _, noise, texts, condition, _ = micro_batch(micro_step, "reward")
+                # One k for all processes: with different ones they would meet in different collectives.
+                k = int(parallel.uniform(args.seed, micro_step, "k") * (args.rollout_steps - 1))
+                solver = UniPC(args.rollout_steps, args.shift)
+                _, logit = rewarded_step(policy, pavrm, solver, noise, k, texts, condition)
+                loss = reward_loss(logit, args.reward_weight)
+                (loss / args.accumulation).backward()
+                losses.append(loss.detach())
+                scores.append(logit.detach().sigmoid().mean())
+                ks.append(k)
+            logged["reward_norm"] = parallel.clip_gradients(policy.parameters(), args.max_norm)
+            optimizer.step()
+            logged |= {"reward_loss": parallel.mean(torch.stack(losses)), "reward": parallel.mean(torch.stack(scores)), "k": ks}
+
+        log(step, **logged)
         done = step + 1
+        if args.sample_every and (done % args.sample_every == 0 or done == args.steps):
+            write_samples(policy, vae, clips, Path(args.output, "samples", f"step_{done:06d}"), args, device)
         if done % args.save_every == 0 or done == args.steps:
             parallel.save_checkpoint(args.output, done, policy, optimizer)
-        if args.sample_every and (done % args.sample_every == 0 or done == args.steps):
-            write_samples(policy, clips, indices[:args.samples], Path(args.output, "samples", f"step_{done:06d}"), args, device)
         log.pause()
 
     policy.save_pretrained(Path(args.output, "model"))
@@ -167,17 +191,12 @@ def choose_caption(sample, empty_prompt, args, key):
     return sample[name].to(empty_prompt.device)
 
 
-def add(values, name, value):
-    values[name] = values.get(name, 0.0) + value
-
-
 @torch.no_grad()
-def write_samples(policy, clips, indices, directory, args, device):
-    """Sample videos of the same captions and seeds every time, so that one sees what training changes."""
-    vae = WanVAE.from_pretrained(Path(args.model, "Wan2.1_VAE.pth"), device=device)
+def write_samples(policy, vae, clips, directory, args, device):
+    """Videos of the first captions, with the same noise every time, so that one sees what training changes."""
     negative = clips.prompts["negative"].to(device)
-    for n in parallel.deal(len(indices)):
-        sample = clips.load(indices[n])
+    for n, counts in parallel.deal(min(args.samples, len(clips))):
+        sample = clips.load(n)
         x0, condition = collate([sample], policy.config, device)
         text = sample["text_long"].to(device)
 
@@ -186,7 +205,8 @@ def write_samples(policy, clips, indices, directory, args, device):
 
         noise = parallel.noise(x0.shape, args.seed, n, "sample").to(device)
         latents = walk(guided(velocity, args.guidance), noise, UniPC(args.rollout_steps, args.shift))
-        write_video(directory / f"{n}.mp4", to_uint8(vae.decode(latents)[0].cpu()), sample["entry"].get("fps", 16))
+        if counts:
+            write_video(directory / f"{n}.mp4", to_uint8(vae.decode(latents)[0].cpu()), sample["entry"].get("fps", 16))
 
 
 if __name__ == "__main__":
