@@ -1,0 +1,196 @@
+"""The tiny world: its truth is told from pixels, its clips are drawn again alike, and what is committed loads and fits."""
+import json
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+
+import demo
+import sample
+import train_pavrm
+import train_prfl
+from data import T5_FILE, VAE_FILE, Clips, Encoder, faults, label, read_list, read_video
+from model import WanModel
+from reward import PAVRM
+from t5 import Tokenizer
+from testdata.golden import draw, fill_
+from vae import WanVAE
+
+torch.set_num_threads(1)  # everything here is tiny: more threads only get in each other's way
+
+COMMITTED = Path(demo.__file__).parent / "demo"
+
+
+def committed(name):
+    """Skips the test where this part of demo/ has not been built yet."""
+    return pytest.mark.skipif(not (COMMITTED / name).exists(), reason=f"demo/{name} has not been built")
+
+
+# ---------------------------------------------------------------------------------------------- clips and truth
+
+@pytest.mark.parametrize("fault", [None, *demo.FAULTS])
+def test_each_fault_is_told_from_pixels(fault):
+    for seed in range(20):
+        video, words = demo.draw_clip(np.random.default_rng(seed), fault)
+        assert demo.good_motion(video) == (fault is None), (seed, words)
+
+
+def test_the_truth_agrees_with_the_labels_of_drawn_clips():
+    clips = [demo.clip_of(seed) for seed in range(200)]
+    assert [demo.good_motion(video) for video, _ in clips] == [words["fault"] is None for _, words in clips]
+    count = {fault: sum(words["fault"] == fault for _, words in clips) for fault in (None, *demo.FAULTS)}
+    assert 70 < count[None] < 130 and min(count.values()) > 10
+    assert [demo.clip_of(seed, bad_share=0)[1]["fault"] for seed in range(20)] == [None] * 20
+
+
+def test_the_truth_knows_faults_that_are_not_drawn():
+    video, _ = demo.draw_clip(np.random.default_rng(0))
+    assert demo.good_motion(video) and demo.good_motion(video[::-1])  # the other way is as good
+    ground = np.broadcast_to(np.uint8([24, 24, 32]), video.shape)
+    gone = video.copy()
+    gone[9] = ground[9]
+    twice, _ = demo.draw_clip(np.random.default_rng(1))
+    two = np.where(np.abs(video.astype(int) - ground).max(-1, keepdims=True) > 20, video, np.roll(twice, 24, axis=2))
+    dot = ground.copy()
+    for frame in range(17):
+        dot[frame, 30:35, 10 + 2 * frame:15 + 2 * frame] = 255
+    for bad in (ground, gone, two, dot, np.zeros_like(video), np.full_like(video, 255), video[np.r_[0:8, 0:9]]):
+        assert not demo.good_motion(bad)
+
+
+def test_a_clip_shows_what_its_words_say():
+    for seed in range(30):
+        video, words = demo.clip_of(seed, bad_share=0)
+        assert video.shape == (17, 64, 64, 3) and video.dtype == np.uint8
+        shape = np.abs(video.astype(int) - [24, 24, 32]).max(-1) > 20  # (T, H, W)
+        (x0, y0), (x1, y1) = (np.argwhere(shape[t]).mean(0)[::-1] for t in (0, 1))
+        along = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}[words["direction"]]
+        step = np.array(along) * {"slowly": 1, "quickly": 2}[words["speed"]]  # pixels a frame
+        assert np.allclose([x1 - x0, y1 - y0], step, atol=0.3), words
+        assert np.argmax(np.median(video[0][shape[0]], axis=0)) == ["red", "green", "blue"].index(words["colour"])
+        top, left, bottom, right = *np.argwhere(shape[0]).min(0), *np.argwhere(shape[0]).max(0)
+        filled = shape[0].sum() / ((bottom - top + 1) * (right - left + 1))  # 1, pi / 4 and 1 / 2, less the soft edge
+        assert {"square": 0.9 < filled, "disc": 0.7 < filled < 0.85, "triangle": filled < 0.65}[words["shape"]], filled
+
+
+def test_a_seed_always_draws_the_same_clip():
+    videos, words = zip(*(demo.clip_of(seed) for seed in range(20)))
+    for seed in range(20):
+        video, again = demo.clip_of(seed)
+        assert np.array_equal(video, videos[seed]) and again == words[seed]
+    assert len({video.tobytes() for video in videos}) == 20
+
+
+def test_captions():
+    words = dict(colour="red", shape="disc", direction="left", speed="slowly", fault="torn")
+    assert demo.captions(words) == ("a red disc moves left slowly",
+                                    "a red disc moves left slowly across a dark ground, keeping its shape")
+
+
+def test_clips_on_disk_have_true_labels(tmp_path):
+    demo.make_clips(tmp_path, range(100, 116))
+    entries = read_list(tmp_path / "clips.json")
+    assert list(faults(entries, "motion_quality", demo.FRAMES, demo.FPS)) == []
+    labels = [label(entry["labels"], "motion_quality") for entry in entries]
+    assert {0, 1} == set(labels) == {entry["labels"]["human_quality"] for entry in entries}
+    for seed, entry, good in zip(range(100, 116), entries, labels):
+        words = demo.clip_of(seed)[1]
+        assert (entry["source_id"], entry["short_caption"], entry["long_caption"]) == (str(seed), *demo.captions(words))
+        assert entry["labels"]["physics_quality"] == (words["fault"] not in ("frozen", "jitter"))
+        assert demo.good_motion(read_video(entry["video_path"]).numpy()) == bool(good), words  # after compression too
+
+
+# ---------------------------------------------------------------------------------------------- the models
+
+def test_folding_the_latents_scale_changes_their_numbers_and_no_picture():
+    vae = WanVAE(dim=4).requires_grad_(False)
+    fill_(vae.state_dict(), 0)
+    video = draw((10, 3, 5, 16, 16), 1)
+    before, decoded = vae.encode(video), vae.decode(vae.encode(video))
+    demo.fold_latent_scale(vae, video)
+    after = vae.encode(video)
+    mean, std = after.mean((0, 2, 3, 4)), after.std((0, 2, 3, 4))
+    assert mean.abs().max() < 1e-4 and (std - 1).abs().max() < 1e-4
+    assert (before.std((0, 2, 3, 4)) - 1).abs().max() > 0.3  # they were not so before
+    assert torch.allclose(vae.decode(after), decoded, atol=1e-4 * decoded.abs().max().item())
+
+
+def test_the_text_encoder_tells_all_captions_apart(tmp_path):
+    demo.make_text_encoder(tmp_path)
+    tokenizer = Tokenizer(tmp_path / "google/umt5-xxl/spiece.model", demo.CONFIG.text_len)
+    words = [dict(colour=c, shape=s, direction=d, speed=v) for c in demo.COLOURS for s in demo.SHAPES
+             for d in demo.DIRECTIONS for v in demo.SPEEDS]
+    ids = [tokenizer.encode(caption) for each in words for caption in demo.captions(each)]
+    assert len(words) == 72 and len({tuple(row) for row in ids}) == 144
+    assert not any(3 in row for row in ids) and max(map(len, ids)) < demo.CONFIG.text_len  # nothing unknown, nothing cut
+    before = (tmp_path / T5_FILE).stat().st_size
+    demo.make_text_encoder(tmp_path)
+    assert (tmp_path / T5_FILE).stat().st_size == before
+
+
+def test_before_and_after_side_by_side(tmp_path):
+    videos = [np.full((17, 64, 64, 3), 10 * n, np.uint8) for n in range(16)]
+    demo.side_by_side(videos, videos[::-1], tmp_path)
+    video = read_video(tmp_path / "before_after.mp4", fps=8)
+    assert video.shape == (17, 256, 528, 3)
+    assert [round(video[0, y, x].float().mean().item(), -1) for y, x in [(32, 32), (32, 96), (224, 224), (32, 304)]] == [
+        0, 10, 150, 150]
+    with av.open(str(tmp_path / "before_after.png")) as picture:
+        stream = picture.streams.video[0]
+        assert (stream.width, stream.height) == (2 * 5 * 64 + 16, 8 * 64)
+
+
+def test_the_demos_flags_are_the_scripts_flags():
+    assert train_pavrm.parse_args(demo.PAVRM_FLAGS).steps > 1 and train_prfl.parse_args(demo.PRFL_FLAGS).steps > 1
+
+
+# ---------------------------------------------------------------------------------------------- what is committed
+
+@committed("model/config.json")
+def test_the_committed_model_loads():
+    encoder = Encoder(COMMITTED / "model", "cpu")
+    assert json.loads((COMMITTED / "model/sampling.json").read_text())["size"] == [demo.SIZE, demo.SIZE]
+    assert WanModel.from_pretrained(COMMITTED / "model").config == demo.CONFIG
+    video = torch.from_numpy(np.stack([demo.clip_of(seed)[0] for seed in range(4)])).permute(0, 4, 1, 2, 3) / 127.5 - 1
+    vae = WanVAE.from_pretrained(COMMITTED / "model" / VAE_FILE)
+    latents = vae.encode(video)
+    assert latents.shape == (4, 16, 5, 8, 8) and abs(latents.std() - 1) < 0.2 and abs(latents.mean()) < 0.2
+    assert (vae.decode(latents) - video).abs().mean() < 0.05
+    short, long = encoder.text(demo.captions(demo.clip_of(0)[1]))
+    assert short.shape[1] == demo.TEXT_DIM and len(short) < len(long)
+
+
+@committed("reward/config.json")
+def test_the_committed_reward_model_loads():
+    pavrm = PAVRM.from_pretrained(COMMITTED / "reward")
+    assert pavrm.task == "motion_quality" and pavrm.dit.config.text_dim == demo.TEXT_DIM
+    assert pavrm(torch.zeros(1, 16, 5, 8, 8), torch.tensor([500.0]), [torch.zeros(3, demo.TEXT_DIM)]).isfinite().all()
+
+
+@pytest.mark.parametrize("part", [pytest.param(part, marks=committed(part)) for part in ("train", "val")])
+def test_the_committed_clips_are_those_of_the_committed_model(part):
+    clips = Clips(COMMITTED / part / "index.jsonl")
+    clips.check()
+    assert {label(entry["labels"], "motion_quality") for entry in clips.entries} == {0, 1}
+    assert clips.load(0)["latents"].shape == (16, 5, 8, 8) and clips.prompts["negative"].shape[1] == demo.TEXT_DIM
+    hashes = Encoder(COMMITTED / "model", "cpu").settings()["hashes"]
+    assert all(entry.get("hashes") == hashes for entry in clips.entries)
+
+
+@committed("clips")
+def test_the_committed_videos_have_no_faults():
+    assert list(faults(read_list(COMMITTED / "clips/clips.json"), "motion_quality", demo.FRAMES, demo.FPS)) == []
+
+
+@committed("train/index.jsonl")
+def test_every_script_runs_without_a_flag_on_what_is_committed():
+    for script, names in [(train_pavrm, "model train val"), (train_prfl, "model reward data"), (sample, "model")]:
+        for name in names.split():
+            assert (COMMITTED.parent / getattr(script.parse_args([]), name)).exists(), (script.__name__, name)
+
+
+@committed("")
+def test_what_is_committed_is_small():
+    assert sum(file.stat().st_size for file in COMMITTED.rglob("*") if file.is_file()) <= 8e6
