@@ -31,7 +31,7 @@ import time
 from collections import Counter
 from fractions import Fraction
 from functools import cached_property, lru_cache, partial
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 
 import av
@@ -364,17 +364,18 @@ class Encoder:
         return self.video_encoder.encode(video)[0]
 
     @torch.no_grad()
-    def encode(self, video, short_caption, long_caption):
-        """uint8 (T, H, W, 3) and two captions -> the tensors of one clip's file."""
-        video = to_tensor(video)[None].to(self.device)  # (1, 3, T, H, W)
-        tensors = {"latents": self.video_encoder.encode(video)[0]}  # (16, F, H/8, W/8)
-        if self.given:
-            images = video[0, :, self.given].transpose(0, 1)  # (1 or 2, 3, H, W)
-            tensors["condition"] = self.image_latents(images, video.shape[2])  # (16, F, H/8, W/8)
-        if self.has_clip:
-            tensors["clip"] = self.image_encoder(images).flatten(0, 1).bfloat16()  # (257 or 514, 1280)
-        tensors["text_short"], tensors["text_long"] = self.text([short_caption, long_caption])  # (n, text_dim)
-        return {name: tensor.cpu() for name, tensor in tensors.items()}
+    def encode(self, videos, captions):
+        """B videos of one shape, uint8 (T, H, W, 3), and their (short, long) captions -> the tensors of each clip's file."""
+        videos = torch.stack([to_tensor(video) for video in videos]).to(self.device)  # (B, 3, T, H, W)
+        clips = [{"latents": latents} for latents in self.video_encoder.encode(videos)]  # (16, F, H/8, W/8) each
+        for clip, video, pair in zip(clips, videos, captions):
+            images = video[:, self.given].transpose(0, 1)  # (0 to 2, 3, H, W)
+            if self.given:
+                clip["condition"] = self.image_latents(images, video.shape[1])  # (16, F, H/8, W/8)
+            if self.has_clip:
+                clip["clip"] = self.image_encoder(images).flatten(0, 1).bfloat16()  # (257 or 514, 1280)
+            clip["text_short"], clip["text_long"] = self.text(pair)  # (n, text_dim)
+        return [{name: tensor.cpu().contiguous() for name, tensor in clip.items()} for clip in clips]
 
 
 def fast_hash(path):
@@ -389,11 +390,12 @@ def fast_hash(path):
     return digest.hexdigest()
 
 
-def encode_clips(entries, model_dir, output, size=None, frames=None, fps=None, device=None):
+def encode_clips(entries, model_dir, output, size=None, frames=None, fps=None, device=None, batch_size=1):
     """Encode those clips of a list that are not encoded yet and write the index; returns the index's path.
 
     `size` = (width, height), turned for clips of the other orientation. size, frames and fps default to what
-    `output` was encoded with before, else to the model's sampling.json, else to the published setting; `device` to this rank's GPU, or the CPU.
+    `output` was encoded with before, else to the model's sampling.json, else to the published setting; `device` to
+    this rank's GPU, or the CPU. `batch_size` clips are encoded at once.
     Under torchrun each rank takes its share, and rank 0 writes the index when all clips are there.
     Raises InputError for all faults of the list before anything is encoded, and if `output` holds clips that were
     encoded by another model or with other settings.
@@ -425,19 +427,26 @@ def encode_clips(entries, model_dir, output, size=None, frames=None, fps=None, d
     files = [output / "clips" / f"{entry['source_id']}.safetensors" for entry in entries]
     wanted = [{"settings": settings, "video": fast_hash(entry["video_path"]),
                "captions": [entry["short_caption"], entry["long_caption"]]} for entry in entries]
-    for i in tqdm(range(rank, len(entries), world), desc="encoding", disable=rank > 0):
-        if _made_from(files[i]) == wanted[i]:
-            continue
+    def read(i):
         path, size = entries[i]["video_path"], settings["size"]
         rows, columns, _ = read_video(path, frames=1)[0].shape
         if (columns < rows) != (size[0] < size[1]):
             size = size[::-1]
-        video = read_video(path, settings["fps"], settings["frames"], size)
-        tensors = encoder.encode(video, *wanted[i]["captions"])
-        for name, tensor in tensors.items():
-            if not tensor.isfinite().all():
-                raise InputError(f"{path} gave {name} that are NaN or infinite; check the files in {model_dir}")
-        write_safetensors(files[i], tensors, {"made_from": json.dumps(wanted[i])})
+        return read_video(path, settings["fps"], settings["frames"], size)
+
+    todo = [i for i in range(rank, len(entries), world) if _made_from(files[i]) != wanted[i]]
+    progress = tqdm(total=len(todo), desc="encoding", disable=rank > 0)
+    for start in range(0, len(todo), batch_size):
+        videos = {i: read(i) for i in todo[start:start + batch_size]}
+        for _, group in groupby(videos, key=lambda i: videos[i].shape):
+            group = list(group)
+            for i, tensors in zip(group, encoder.encode([videos[i] for i in group], [wanted[i]["captions"] for i in group])):
+                for name, tensor in tensors.items():
+                    if not tensor.isfinite().all():
+                        raise InputError(f"{entries[i]['video_path']} gave {name} that are NaN or infinite; "
+                                         f"check the files in {model_dir}")
+                write_safetensors(files[i], tensors, {"made_from": json.dumps(wanted[i])})
+                progress.update()
 
     # One rank writes the index, in the list's order, whichever rank was faster.
     if rank == 0:
@@ -668,6 +677,8 @@ def main(argv=None):
     parser.add_argument("--frames", type=int, help=f"1 + 4n frames a clip {before}81); "
                         "with --check the fewest that a clip may have (default: 5)")
     parser.add_argument("--fps", type=float, help=f"frames a second {before}16)")
+    parser.add_argument("--batch_size", type=int, default=1, help="clips encoded at once; more pays for small ones "
+                        "(default: %(default)s)")
     args = parser.parse_args(argv)
 
     if args.check:
@@ -679,7 +690,8 @@ def main(argv=None):
         prompts = Encoder(args.model, "cuda" if torch.cuda.is_available() else "cpu").prompts()
         write_safetensors(Path(args.list).parent / "prompts.safetensors", prompts)
     else:
-        encode_clips(read_list(args.list), args.model, args.output, args.size, args.frames, args.fps)
+        encode_clips(read_list(args.list), args.model, args.output, args.size, args.frames, args.fps,
+                         batch_size=args.batch_size)
     return 0
 
 

@@ -41,7 +41,7 @@ FAULTS = ("frozen", "jitter", "torn", "morph")
 CONFIG = WanConfig(model_type="t2v", dim=112, ffn_dim=320, freq_dim=64, in_dim=16, out_dim=16, num_heads=4, num_layers=6,
                    text_len=32, text_dim=TEXT_DIM)
 
-LEGS = [(1e-3, 2750), (3e-4, 1000), (6e-5, 500)]  # learning rate and steps of the transformer's training
+LEGS = [(1e-3, 2750), (3e-4, 750), (6e-5, 500)]  # learning rate and steps of the transformer's training
 CLIPS, HELD_OUT, SAMPLES = 320, 96, 64
 PAVRM_FLAGS = "--steps 300 --batch_size 32 --lr 1e-4 --head_lr 3e-4 --eval_every 100 --save_every 300".split()
 PRFL_FLAGS = ("--steps 120 --batch_size 16 --accumulation 1 --lr 1e-4 --rollout_steps 12 --guidance 1 "
@@ -110,7 +110,9 @@ def good_motion(video):
     """Whether the shape in a clip, uint8 (T, H, W, 3), moves well, told from its pixels alone.
 
     The shape is what differs from the ground; per frame its area, its centre and its spread about the centre are
-    measured. Good: always there, goes somewhere, at a steady pace, keeps its size, stays in one piece.
+    measured. Good: always there, goes somewhere, at a steady pace, keeps its size, stays in one piece. Each threshold
+    lies between the good clips and the nearest bad ones, as they are drawn: displacement 16 against 0 pixels,
+    unsteadiness 0 against 8.7, area ratio 1 against 1.6, spread 0.20 against 0.32.
     """
     distance = np.abs(video / 255.0 - GROUND).max(-1)                  # (T, H, W)
     weight = np.clip((distance - 0.15) / 0.25, 0, 1)                   # soft: 0 on the ground, 1 on the shape
@@ -124,7 +126,7 @@ def good_motion(video):
     steps = np.diff(centre, axis=0)
     moved = np.linalg.norm(centre[-1] - centre[0])
     unsteady = np.linalg.norm(steps - steps.mean(0), axis=1).max()
-    return bool(moved > 10 and unsteady < 1.5 and area.max() / area.min() < 1.4 and spread.max() < 0.24)
+    return bool(moved > 8 and unsteady < 3 and area.max() / area.min() < 1.5 and spread.max() < 0.25)
 
 
 # ---------------------------------------------------------------------------------------------- the models
@@ -214,7 +216,7 @@ def save_pth(module, path):
 
 def encode(clips, output):
     """Encode a directory's clips, and put those that move well in an index of their own: good.jsonl."""
-    command("data.py", "--list", clips / "clips.json", "--output", output)
+    command("data.py", "--list", clips / "clips.json", "--output", output, "--batch_size", 8)
     lines = (output / "index.jsonl").read_text().splitlines(keepends=True)
     good = [line for line in lines if label(json.loads(line)["labels"], "motion_quality") == 1]
     (output / "good.jsonl").write_text("".join(good))

@@ -340,16 +340,24 @@ def test_the_index_says_what_was_encoded_in_the_order_of_the_list(models, entrie
     assert not (tmp_path / "out/clips").joinpath(".b.safetensors.new").exists()
 
 
+def test_clips_are_encoded_alike_alone_and_together(models, entries, tmp_path):
+    alone, together = (Clips(encode_clips(entries, models["i2v"], tmp_path / f"{n}", batch_size=n, **SETTINGS)) for n in (1, 2))
+    for i in range(len(entries)):
+        a, b = alone.load(i), together.load(i)
+        for name in ("latents", "condition", "text_short", "text_long"):
+            assert torch.allclose(a[name].float(), b[name].float(), atol=1e-5), name
+
+
 def test_what_is_done_is_not_done_again(models, entries, tmp_path, monkeypatch):
     output, done = tmp_path / "out", []
     encode = data.Encoder.encode
 
-    def counted(self, video, short, long):
+    def counted(self, videos, captions):
         if len(done) == 1 and not output.joinpath("index.jsonl").exists() and "crash" not in done:
             done.append("crash")
             raise KeyboardInterrupt
-        done.append(short)
-        return encode(self, video, short, long)
+        done.append(captions[0][0])
+        return encode(self, videos, captions)
 
     monkeypatch.setattr(data.Encoder, "encode", counted)
     with pytest.raises(KeyboardInterrupt):
