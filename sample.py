@@ -50,11 +50,21 @@ def parse_args(argv=None):
 
 def fill_in(args):
     """Fill in the numbers that were not given; returns the model type."""
+    if Path(args.model, "low_noise_model").is_dir():
+        raise InputError(f"{args.model} is Wan2.2 A14B, whose two transformers this script does not sample with yet; "
+                         f"use a Wan2.1 model")
     model_type = read_json(Path(args.model, "config.json")).get("model_type")
     if model_type == "ti2v":
         raise InputError(f"{args.model} is Wan2.2 TI2V, whose VAE this project does not have yet; use a t2v or i2v model")
     if model_type not in PUBLISHED:
         raise InputError(f"{args.model}/config.json describes no Wan model (model_type {model_type!r}); give an official directory")
+    if args.transformer:
+        kind = read_json(Path(args.transformer, "config.json")).get("model_type")
+        if kind != model_type:
+            raise InputError(f"--transformer {args.transformer} is a {kind} model, but {args.model} is a {model_type} one; "
+                             f"give two of one kind")
+    if Path(args.output).is_dir():  # which would be replaced, with all that it holds
+        raise InputError(f"--output {args.output} is a directory; give a file name, such as {args.output}/sample.mp4")
     own = Path(args.model, "sampling.json")
     for name, value in {**PUBLISHED[model_type], **(read_json(own) if own.is_file() else {})}.items():
         if getattr(args, name) is None:

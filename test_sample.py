@@ -256,6 +256,7 @@ def test_first_and_last_frame_to_video(models, tmp_path, seen):
 @pytest.mark.parametrize("kind, flags, message", [
     ("nowhere", [], "nowhere/config.json does not exist"),
     ("ti2v", [], "Wan2.2 TI2V, whose VAE"),
+    ("experts", [], "experts is Wan2.2 A14B, whose two transformers"),
     ("other", [], "describes no Wan model .model_type 'vace'"),
     ("bare", [], "the prompt is empty; give one with --prompt"),
     ("t2v", ["--prompt", "two balls", " "], "the prompt is empty"),
@@ -273,7 +274,8 @@ def test_first_and_last_frame_to_video(models, tmp_path, seen):
     ("t2v", ["--steps", "0"], "--steps 0 .* above 0"),
     ("t2v", ["--fps", "0"], "--fps 0.* above 0"),
     ("t2v", ["--transformer", "nowhere"], "nowhere/config.json does not exist"),
-    ("t2v", ["--transformer", "i2v"], "takes 36 channels .* got 16"),
+    ("t2v", ["--transformer", "i2v"], "--transformer i2v is a i2v model, but t2v is a t2v one"),
+    ("t2v", ["--output", "bare"], "--output bare is a directory; give a file name, such as bare/sample.mp4"),
 ])
 def test_what_cannot_be_sampled_is_refused_in_one_sentence(models, tmp_path, monkeypatch, kind, flags, message):
     for name, directory in models.items():
@@ -281,6 +283,7 @@ def test_what_cannot_be_sampled_is_refused_in_one_sentence(models, tmp_path, mon
     for name, model_type in [("ti2v", "ti2v"), ("other", "vace"), ("bare", "t2v")]:
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps({"model_type": model_type}))
+    (tmp_path / "experts/low_noise_model").mkdir(parents=True)
     photograph(tmp_path / "picture.png", 60, 90)
     photograph(tmp_path / "thin.png", 4, 900)
     (tmp_path / "text.png").write_text("no picture")
