@@ -332,6 +332,8 @@ class Encoder:
 
     @cached_property
     def text_encoder(self):
+        if not (self.directory / T5_FILE).exists():
+            raise InputError(f"{self.directory} holds no text encoder; give the official model directory")
         tokenizer = Tokenizer(self.directory / SPIECE_FILE, self.text_len)
         return UMT5Encoder.from_pretrained(self.directory / T5_FILE, torch.bfloat16, self.device), tokenizer
 
@@ -435,7 +437,7 @@ def encode_clips(entries, model_dir, output, size=None, frames=None, fps=None, d
         return read_video(path, settings["fps"], settings["frames"], size)
 
     todo = [i for i in range(rank, len(entries), world) if _made_from(files[i]) != wanted[i]]
-    progress = tqdm(total=len(todo), desc="encoding", disable=rank > 0)
+    progress = tqdm(total=len(todo), desc="encoding", disable=None if rank == 0 else True)  # None: only on a terminal
     for start in range(0, len(todo), batch_size):
         videos = {i: read(i) for i in todo[start:start + batch_size]}
         for _, group in groupby(videos, key=lambda i: videos[i].shape):
@@ -689,9 +691,11 @@ def main(argv=None):
     if args.list.endswith(".list"):
         prompts = Encoder(args.model, "cuda" if torch.cuda.is_available() else "cpu").prompts()
         write_safetensors(Path(args.list).parent / "prompts.safetensors", prompts)
-    else:
-        encode_clips(read_list(args.list), args.model, args.output, args.size, args.frames, args.fps,
-                         batch_size=args.batch_size)
+        return 0
+    entries = read_list(args.list)
+    index = encode_clips(entries, args.model, args.output, args.size, args.frames, args.fps, batch_size=args.batch_size)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"{len(entries)} clips are encoded: {index}")
     return 0
 
 

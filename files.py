@@ -122,7 +122,8 @@ def load_weights(module, path, prefix="", ignore=()):
 def written_whole(path):
     """`with written_whole(path) as beside:` write a file or a directory at `beside`; it is renamed to `path` if all went well.
 
-    On any error, or Ctrl-C, what was written is removed and what stood at `path` before still stands.
+    On any error, or Ctrl-C, what was written is removed and what stood at `path` before still stands. A directory
+    is never replaced by a file.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -130,6 +131,8 @@ def written_whole(path):
     remove(beside)
     try:
         yield beside
+        if path.is_dir() and not beside.is_dir():
+            raise InputError(f"{path} is a directory; give the name of a file")
         for file in [beside, *beside.rglob("*")] if beside.is_dir() else [beside]:
             descriptor = os.open(file, os.O_RDONLY)
             os.fsync(descriptor)
@@ -164,6 +167,9 @@ def write_safetensors(path, tensors, metadata=None):
 def _save_file(tensors, beside, path, metadata=None):
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside, metadata)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(beside, 0o666 & ~umask)  # safetensors lets only the owner read
     except SafetensorError as error:  # the disk is full, say
         raise OSError(f"{path} could not be written ({error}); what stood there before is untouched") from None
 

@@ -301,7 +301,7 @@ class WanModel(nn.Module):
     def _check(self, x, context, clip_fea, y):
         channels = x.shape[1] + (0 if y is None else y.shape[1])
         if channels != self.config.in_dim:
-            raise InputError(f"a {self.config.model_type} model takes {self.config.in_dim} channels (latents and image "
+            raise InputError(f"this {self.config.model_type} model takes {self.config.in_dim} channels (latents and image "
                              f"condition together), but got {channels}")
         if x.shape[3] % 2 or x.shape[4] % 2:
             raise InputError(f"latents of {x.shape[3]}x{x.shape[4]} cannot be cut into 2x2 patches; use video sides "

@@ -263,11 +263,11 @@ class Log:
 
 
 def kept_lines(path, first_step):
-    """The lines of a log that stay when a run goes on at `first_step`: what comes later will be done again."""
+    """The lines of a log that stay when a run goes on after `first_step` steps: what comes later will be done again."""
     if not first_step or not path.exists():
         return
     for line in path.read_text().splitlines(keepends=True):
-        if line.endswith("\n") and json.loads(line)["step"] < first_step:  # the last line may be torn
+        if line.endswith("\n") and json.loads(line)["step"] <= first_step:  # the last line may be torn
             yield line
 
 

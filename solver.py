@@ -174,7 +174,7 @@ def walk(velocity, x, solver, steps=None, progress=None):
     `progress` names a progress bar.
     """
     timesteps = solver.timesteps.tolist()[:steps]
-    for i, t in enumerate(tqdm(timesteps, desc=progress, disable=progress is None, leave=False)):
+    for i, t in enumerate(tqdm(timesteps, desc=progress, disable=None if progress else True, leave=False)):
         v = velocity(x, torch.full((len(x),), t, dtype=torch.float32, device=x.device))
         x = solver.step(v, i, x)
     return x

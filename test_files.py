@@ -75,6 +75,23 @@ def test_an_old_save_is_replaced_but_nothing_else_is(tmp_path):
     assert (tmp_path / "model/Wan2.1_VAE.pth").read_text() == "precious"
 
 
+def test_a_directory_is_never_replaced_by_a_file(tmp_path):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results/precious").write_text("")
+    with pytest.raises(InputError, match="results is a directory"):
+        files.write_json(tmp_path / "results", {})
+    assert os.listdir(tmp_path) == ["results"] and os.listdir(tmp_path / "results") == ["precious"]
+
+
+def test_others_may_read_what_is_written(tmp_path):
+    umask = os.umask(0o022)
+    try:
+        save_weights(tmp_path / "model", {"a": torch.ones(3)}, {})
+    finally:
+        os.umask(umask)
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "model").iterdir()} == {0o644}
+
+
 def test_a_failed_rename_puts_the_old_directory_back(tmp_path, monkeypatch):
     save_weights(tmp_path / "model", {"a": torch.ones(3)}, {"version": 1})
     rename = files.Path.rename

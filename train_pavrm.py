@@ -61,7 +61,7 @@ def evaluate(pavrm, clips, indices, args, device):
     """{timestep: measures} over held-out clips, each with its own fixed noise and its short caption."""
     schedule = TrainingSchedule(args.shift)
     logits = torch.zeros(len(args.eval_timesteps), len(indices))
-    for n, counts in tqdm(parallel.deal(len(indices)), desc="evaluating", leave=False, disable=not is_main()):
+    for n, counts in tqdm(parallel.deal(len(indices)), desc="evaluating", leave=False, disable=None if is_main() else True):
         clip = clips.load(indices[n])
         x0, condition = collate([clip], pavrm.dit.config, device)
         noise = parallel.noise(x0.shape, args.seed, clip["entry"]["source_id"], "evaluation").to(device)
@@ -101,6 +101,7 @@ def main(argv=None):
     dit = WanModel.on_meta(args.model)
     layers = dit.config.num_layers
     num_blocks = args.num_blocks or min(8, layers // 2)
+    collate([clips.load(indices[0])], dit.config, "cpu")  # to see that data and model fit
     torch.manual_seed(args.seed)
     pavrm = PAVRM(dit, num_blocks, args.task)
     pavrm.requires_grad_(False)
@@ -138,10 +139,10 @@ def main(argv=None):
         optimizer.step()
 
         right = ((logit > 0) == (labels > 0)).float().mean()
-        log(step, loss=parallel.mean(loss), accuracy=parallel.mean(right), norm=norm)
         done = step + 1
+        log(done, loss=parallel.mean(loss), accuracy=parallel.mean(right), norm=norm)
         if done % args.eval_every == 0 or done == args.steps:
-            report(evaluate(pavrm, val_clips, val_indices, args, device), step, log)
+            report(evaluate(pavrm, val_clips, val_indices, args, device), done, log)
         if done % args.save_every == 0 or done == args.steps:
             parallel.save_checkpoint(args.output, done, pavrm, optimizer)
         log.pause()

@@ -123,6 +123,7 @@ def main(argv=None):
                                   fused=device.type == "cuda")
     first_step = parallel.load_checkpoint(args.output, policy, optimizer) if args.resume else 0
     log = parallel.Log(args.output, args, args.steps, first_step, device)
+    log.say(f"training {args.model} on {len(clips)} clips; sample videos go to {args.output}/samples")
 
     def micro_batch(micro_step, phase):
         """This process's part of a micro-step: x_0 and noise (B, C, F, H, W), text states, image condition, and keys
@@ -171,8 +172,8 @@ def main(argv=None):
             optimizer.step()
             logged |= {"reward_loss": parallel.mean(torch.stack(losses)), "reward": parallel.mean(torch.stack(scores)), "k": ks}
 
-        log(step, **logged)
         done = step + 1
+        log(done, **logged)
         if args.sample_every and (done % args.sample_every == 0 or done == args.steps):
             write_samples(policy, vae, clips, Path(args.output, "samples", f"step_{done:06d}"), args, device)
         if done % args.save_every == 0 or done == args.steps:
