@@ -1,6 +1,6 @@
 """Time and peak memory of the stages, with random weights of the official sizes.
 
-    python bench.py vae --size 832x480 --frames 17            # encode and decode, on the CPU or the GPU
+    python bench.py encode decode --size 832x480 --frames 17  # the VAE, on the CPU or the GPU
     python bench.py forward prfl --dit 1.3B --size 832x480    # one forward without gradient; one PRFL step at k = 2
 
 The last line is JSON. Peak memory on a CPU is the process's, so measure one stage and size a run there.
@@ -27,6 +27,8 @@ SIZES = {"tiny": dict(dim=112, ffn_dim=320, num_heads=4, num_layers=6, freq_dim=
 
 def measure(function, device, repeats):
     """Median seconds, their spread, and peak GB, after one call to warm up where there is more than one."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     if repeats > 1:
         function()
     seconds = []
@@ -56,7 +58,7 @@ def random_dit(name, dtype, device):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Measure time and peak memory.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("stages", nargs="+", choices=["vae", "forward", "prfl"], help="what to measure")
+    parser.add_argument("stages", nargs="+", choices=["encode", "decode", "forward", "prfl"], help="what to measure")
     parser.add_argument("--dit", default="tiny", choices=SIZES, help="size of the transformer")
     parser.add_argument("--size", type=parse_size, default="64x64", help="width x height")
     parser.add_argument("--frames", type=int, default=17, help="1 + 4n video frames")
@@ -71,11 +73,13 @@ def main(argv=None):
     latent_shape = (1, 16, 1 + (frames - 1) // 4, height // 8, width // 8)
     results = {}
 
-    if "vae" in args.stages:
+    if {"encode", "decode"} & set(args.stages):
         vae = WanVAE(dim=args.vae_dim).to(device).requires_grad_(False)
+    if "encode" in args.stages:
         video = to_tensor(read_video(args.video, frames=frames, size=args.size))[None] if args.video else torch.rand(1, 3, frames, height, width)
         video = video.to(device)
         results["encode"] = measure(lambda: vae.encode(video), device, args.repeats)
+    if "decode" in args.stages:
         results["decode"] = measure(lambda: vae.decode(torch.zeros(latent_shape, device=device)), device, args.repeats)
 
     if {"forward", "prfl"} & set(args.stages):
@@ -100,8 +104,8 @@ def main(argv=None):
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     for stage, row in results.items():
-        print(f"{stage}: {row['seconds']:.3f} s (spread {row['spread']:.3f}), {row['seconds'] / frames:.3f} s a frame, "
-              f"peak {row['gigabytes']:.2f} GB")
+        a_frame = f", {row['seconds'] / frames:.3f} s a frame" if stage in ("encode", "decode") else ""
+        print(f"{stage}: {row['seconds']:.3f} s (spread {row['spread']:.3f}){a_frame}, peak {row['gigabytes']:.2f} GB")
     print(json.dumps({"device": name, "torch": torch.__version__, "size": [width, height], "frames": frames, "dit": args.dit, **results}))
 
 

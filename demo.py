@@ -44,8 +44,7 @@ CONFIG = WanConfig(model_type="t2v", dim=112, ffn_dim=320, freq_dim=64, in_dim=1
 LEGS = [(1e-3, 2750), (3e-4, 750), (6e-5, 500)]  # learning rate and steps of the transformer's training
 CLIPS, HELD_OUT, SAMPLES = 896, 96, 64
 PAVRM_FLAGS = "--steps 400 --batch_size 32 --lr 2e-4 --head_lr 5e-4 --eval_every 400 --save_every 400".split()
-# The published reward weight is 0.1. Here 1 does better (true good motion 0.75 against 0.66), and 10 shows reward
-# hacking: the reward rises to 0.94, true good motion only to 0.58 (one seed each).
+# The published reward weight is 0.1. Here 1 does better, and 10 shows reward hacking: see the README.
 PRFL_FLAGS = ("--steps 100 --batch_size 16 --accumulation 1 --lr 1e-4 --reward_weight 1 --rollout_steps 12 --guidance 1 "
               "--sample_every 50 --save_every 100").split()
 

@@ -1,4 +1,4 @@
-"""The VAE agrees with the official one, walks through time in constant memory, and refuses what it cannot encode."""
+"""The VAE agrees with the official one, holds no more of a long video than of a short one, and refuses what it cannot encode."""
 import json
 
 import pytest
@@ -45,6 +45,21 @@ def test_the_past_does_not_depend_on_the_future():
     assert torch.allclose(vae.encode(long)[:, :, :3], vae.encode(long[:, :, :9]), atol=1e-5)
     z = torch.randn(1, 16, 4, 2, 2)
     assert torch.allclose(vae.decode(z)[:, :, :9], vae.decode(z[:, :, :3]), atol=1e-5)
+
+
+@pytest.mark.parametrize("half", ["encoder", "decoder"])
+def test_what_is_held_does_not_grow_with_the_length(half):
+    """The walk sees at most four frames, or one latent frame, at a time, and its cache has a fixed size."""
+    vae = WanVAE(dim=4).requires_grad_(False)
+    held = []
+    for frames in (9, 21):
+        chunks, caches = [], []
+        hook = getattr(vae, half).register_forward_pre_hook(lambda module, inputs: (chunks.append(inputs[0].shape[2]), caches.append(inputs[1])))
+        vae.encode(torch.zeros(1, 3, frames, 16, 16)) if half == "encoder" else vae.decode(torch.zeros(1, 16, (frames + 3) // 4, 2, 2))
+        hook.remove()
+        tensors = [tensor for tensor in caches[-1].values() if torch.is_tensor(tensor)]
+        held.append((max(chunks), sum(tensor.untyped_storage().nbytes() for tensor in tensors)))
+    assert held[0] == held[1] and held[0][0] == {"encoder": 4, "decoder": 1}[half]
 
 
 def test_pth_round_trip(tmp_path):
