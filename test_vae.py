@@ -54,7 +54,12 @@ def test_what_is_held_does_not_grow_with_the_length(half):
     held = []
     for frames in (9, 21):
         chunks, caches = [], []
-        hook = getattr(vae, half).register_forward_pre_hook(lambda module, inputs: (chunks.append(inputs[0].shape[2]), caches.append(inputs[1])))
+
+        def note(module, inputs):
+            chunks.append(inputs[0].shape[2])
+            caches.append(inputs[1])
+
+        hook = getattr(vae, half).register_forward_pre_hook(note)
         vae.encode(torch.zeros(1, 3, frames, 16, 16)) if half == "encoder" else vae.decode(torch.zeros(1, 16, (frames + 3) // 4, 2, 2))
         hook.remove()
         tensors = [tensor for tensor in caches[-1].values() if torch.is_tensor(tensor)]
