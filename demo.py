@@ -350,6 +350,8 @@ def build():
     shutil.copy(work / "dit/diffusion_pytorch_model.safetensors", directory)
 
     # What the scripts run on without flags: eight videos, 64 encoded clips, and a reward model.
+    for part in ("clips", "train", "val"):
+        remove(Path("demo", part))
     make_clips(Path("demo/clips"), range(8))
     for part, seeds in [("train", range(48)), ("val", range(48, 64))]:
         make_clips(work / part, seeds)
