@@ -38,7 +38,7 @@ def parse_args(argv=None):
     parser.add_argument("--data", default="demo/train/good.jsonl", help="index of encoded clips (data.py): real ones, that move well")
     parser.add_argument("--output", default="outputs/prfl", help="directory of this run: model/, checkpoints/, samples/, log.jsonl")
     parser.add_argument("--phases", nargs="+", default=["sft", "reward"], choices=["sft", "reward"], help="phases of an iteration")
-    parser.add_argument("--steps", type=int, default=200, help="iterations")
+    parser.add_argument("--steps", type=int, default=100, help="iterations; the published number is not known")
     parser.add_argument("--batch_size", type=int, default=2, help="clips a micro-step, over all processes")
     parser.add_argument("--accumulation", type=int, default=5, help="micro-steps a phase and iteration; each has its own k")
     parser.add_argument("--lr", type=float, default=5e-6, help="learning rate, constant")
