@@ -102,10 +102,15 @@ def test_a_video_is_written_that_plays_anywhere(models, tmp_path):
     assert read_video(path, fps=8).float().std() > 5  # a picture, not one colour
 
 
+def near(a, b):
+    """The same video but for rounding: where a tensor lies in memory decides how the CPU sums it."""
+    return (a.float() - b.float()).abs().mean() < 0.5  # of 255 levels
+
+
 def test_the_seed_decides_the_video(models, tmp_path):
     one, again, other = (read_video(run(models["t2v"], tmp_path / name, "--seed", seed))
                          for name, seed in [("a.mp4", 3), ("b.mp4", 3), ("c.mp4", 4)])
-    assert torch.equal(one, again) and not torch.equal(one, other)
+    assert near(one, again) and not near(one, other)
 
 
 def test_several_prompts_are_numbered_and_each_has_the_next_seed(models, tmp_path, capsys):
@@ -115,7 +120,7 @@ def test_several_prompts_are_numbered_and_each_has_the_next_seed(models, tmp_pat
                                                     f"{tmp_path}/a-1.mp4: 5 frames of 48x32, seed 6, 'the cat sat'"]
     for n, prompt in enumerate(["two balls", "the cat sat"]):
         alone = run(models["t2v"], tmp_path / "alone.mp4", "--prompt", prompt, "--seed", 5 + n)
-        assert torch.equal(read_video(alone), read_video(tmp_path / f"a-{n}.mp4"))
+        assert near(read_video(alone), read_video(tmp_path / f"a-{n}.mp4"))
 
 
 # ---------------------------------------------------------------------------------------------- the walk
