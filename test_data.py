@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 import data
 from clip import CLIPVisionModel
-from data import Clips, Order, condition_input, encode_clips, faults, label, read_list, read_video, write_video
+from data import Clips, Order, condition_input, encode_clips, label, read_list, read_video, write_video
 from files import InputError, write_safetensors
 from t5 import UMT5Encoder, encode_prompts
 from vae import WanVAE

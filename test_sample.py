@@ -16,7 +16,7 @@ from data import CLIP_FILE, NEGATIVE_PROMPT, T5_FILE, VAE_FILE, Encoder, read_im
 from files import InputError
 from model import WanModel
 from solver import UniPC
-from t5 import UMT5Encoder
+
 from test_data import models as encoders  # noqa: F401, a fixture: {model type: directory}, the encoders alone
 from testdata.golden import fill_
 from vae import WanVAE

@@ -109,7 +109,8 @@ def main(argv=None):
                              f"train it on a model of this kind with train_pavrm.py")
     vae = WanVAE.from_pretrained(Path(args.model, VAE_FILE), device=device) if args.sample_every else None
 
-    # Shard each over all processes, give each shard its memory, then read the weights into it.
+    # Shard each over all processes (the modules named one by one compute in float32), give each shard its memory, then
+    # read the weights into it.
     parallel.shard(policy, policy.blocks, [policy.time_embedding, policy.time_projection, policy.head], device)
     load_weights(policy.to_empty(device=device), args.model)
     policy.checkpoint_blocks = args.checkpoint_blocks
