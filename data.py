@@ -113,6 +113,14 @@ def to_uint8(video):
     return ((video.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0)
 
 
+def clip_statistics(video):
+    """What tells degenerate video, of uint8 (T, H, W, 3), as numbers from 0 to 1: the mean difference between neighbouring
+    frames, the deviation of brightness, and the mean distance between the largest and the smallest colour channel."""
+    video = video.float() / 255
+    return {"motion_energy": video.diff(dim=0).abs().mean().item(), "contrast": video.mean(-1).std().item(),
+            "saturation": (video.amax(-1) - video.amin(-1)).mean().item()}
+
+
 def _shown_frames(path, fps):
     """Yield the decoded frame that is on the screen 0, 1/fps, 2/fps, ... seconds after the first one appears."""
     damaged = f"{path} is damaged, cut short or no video; copy or make it again"
@@ -490,6 +498,8 @@ class Clips:
             metas = [_beside(line.strip(), self.folder) for line in _text(path) if line.strip()]
         if metas is None:
             self.entries = [entry for _, entry in _json_lines(path)]
+            for entry in self.entries:
+                entry["file"] = self.folder / entry.get("file", "")
         else:
             self.entries = [_published(Path(meta)) for meta in metas]
         if not self.entries or not all("shape" in entry for entry in self.entries):
@@ -503,9 +513,33 @@ class Clips:
     def __len__(self):
         return len(self.entries)
 
-    def select(self, task):
-        """The indices of the clips that are annotated for a task."""
-        return [i for i, entry in enumerate(self.entries) if label(entry["labels"], task) is not None]
+    def select(self, *tasks):
+        """The indices of the clips that are annotated for at least one of the tasks."""
+        return [i for i, entry in enumerate(self.entries) if any(label(entry["labels"], task) is not None for task in tasks)]
+
+    @classmethod
+    def two_lists(cls, better, worse):
+        """The published form of pairs: two lists of clips, the first ones better than those of the same prompt in the second."""
+        clips, others = cls(better), cls(worse)
+        for part, quality in ((clips, 1), (others, 0)):
+            for entry in part.entries:
+                entry["labels"] = dict.fromkeys(LABELS, quality)
+                entry["pair_id"] = entry.get("pair_id") or entry["short_caption"]
+        clips.entries += others.entries
+        return clips
+
+    def pairs(self, task):
+        """(better, worse): the indices of two clips that share a pair_id and differ in the task's label, of every such two."""
+        groups = {}
+        for i in self.select(task):
+            if self.entries[i].get("pair_id"):
+                groups.setdefault(self.entries[i]["pair_id"], ([], []))[label(self.entries[i]["labels"], task)].append(i)
+        found = [(better, worse) for poor, good in groups.values() for better in good for worse in poor]
+        for better, worse in found:
+            if self.entries[better]["shape"] != self.entries[worse]["shape"]:
+                raise InputError(f"clips {self.entries[better]['source_id']} and {self.entries[worse]['source_id']} are a pair and have "
+                                 f"different shapes; encode them with one --size and --frames")
+        return found
 
     @property
     def prompts(self):
@@ -542,7 +576,7 @@ class Clips:
                 array = _array(file, name)
                 headers[name] = file, array.shape, lambda array=array: torch.from_numpy(array.copy())
             if "file" in entry:
-                file = self.folder / entry["file"]
+                file = entry["file"]
                 tensors = open_safetensors(file)
                 for name in tensors.keys():
                     shape = tuple(tensors.get_slice(name).get_shape())
@@ -587,6 +621,15 @@ def _array(file, name):
         raise InputError(f"{file} does not exist; check the path") from None
     except (ValueError, EOFError, IndexError) as error:
         raise InputError(f"{file} is damaged or no array ({error}); copy or make it again") from None
+
+
+def choose_caption(sample, empty_prompt, long_caption, drop_prompt, *key):
+    """The text states of a clip's long caption, with probability `long_caption`, or of its short one; with probability
+    `drop_prompt` those of the empty prompt instead. `key` decides the draws."""
+    if parallel.uniform(*key, "drop") < drop_prompt:
+        return empty_prompt
+    name = "text_long" if parallel.uniform(*key, "caption") < long_caption else "text_short"
+    return sample[name].to(empty_prompt.device)
 
 
 def condition_input(condition, model_type):

@@ -97,7 +97,7 @@ def load_weights(module, path, prefix="", ignore=()):
     def wanted(name):
         return name.startswith(prefix) and not name.removeprefix(prefix).startswith(tuple(ignore))
 
-    ours = module.state_dict()
+    ours = {name: tensor for name, tensor in module.state_dict().items() if ".lora_" not in name}  # adapters are no part of it
     theirs = {name.removeprefix(prefix): shape for name, shape in weight_shapes(path).items() if wanted(name)}
     faults = ([f"{name} is missing" for name in ours if name not in theirs]
               + [f"{name} is not expected" for name in theirs if name not in ours]
@@ -109,11 +109,21 @@ def load_weights(module, path, prefix="", ignore=()):
                          f"give the directory or file that matches the configuration")
     for name, _, read in read_weights(path):
         if wanted(name):
-            source, target = read(), ours[name.removeprefix(prefix)]
-            if isinstance(target, DTensor):  # every rank reads the file itself: no broadcast
-                source = distribute_tensor(source.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
-            target.copy_(source)
+            fill(ours[name.removeprefix(prefix)], read())
     return module
+
+
+@torch.no_grad()
+def fill(target, values):
+    """Copy a whole tensor, which every rank has, into a plain tensor or into this rank's shard of one."""
+    if isinstance(target, DTensor):
+        values = distribute_tensor(values.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
+    target.copy_(values)
+
+
+def whole(tensor):
+    """A tensor gathered from all ranks, which must all call this; a plain tensor as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 # ---------------------------------------------------------------------------------------------- writing
@@ -199,9 +209,9 @@ def save_weights(directory, state, config, name="diffusion_pytorch_model", dtype
     def gather(keys):
         tensors = {}
         for key in keys:
-            whole = state[key].full_tensor() if isinstance(state[key], DTensor) else state[key]
+            tensor = whole(state[key].detach())
             if is_main():
-                tensors[key] = whole.detach().to("cpu", dtype or whole.dtype)
+                tensors[key] = tensor.to("cpu", dtype or tensor.dtype)
         return tensors
 
     if not is_main():

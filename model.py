@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from files import InputError, load_weights, read_json, save_weights, weight_shapes
+from lora import merged_state
 
 PATCH = (1, 2, 2)  # frames, rows, columns of a token
 CLIP_DIM = 1280
@@ -248,8 +249,11 @@ class WanModel(nn.Module):
         return load_weights(cls.on_meta(directory).to(dtype).to_empty(device=device), directory)
 
     def save_pretrained(self, directory, dtype=None):
-        """Write the official layout to `directory`, whole or not at all. Under torchrun every rank calls it."""
-        save_weights(directory, self.state_dict(), self.config.official(), dtype=dtype)
+        """Write the official layout to `directory`, whole or not at all; adapters are merged into the weights.
+
+        Under torchrun every rank calls it.
+        """
+        save_weights(directory, merged_state(self), self.config.official(), dtype=dtype)
 
     def forward(self, x, t, context, clip_fea=None, y=None):
         """Velocity (B, C_out, F, H, W), float32.

@@ -1,36 +1,38 @@
-"""Everything about running on one process or many: groups, sharding, checkpoints, random draws, the log.
+"""Everything about running on one process or many: groups, sharding, learning rates, averages, random draws.
 
 A script runs the same way alone (`python train_prfl.py`) and under torchrun, on CPU and on CUDA.
 """
+import argparse
 import hashlib
-import json
+import math
 import os
-import re
 import resource
-import shutil
+import shlex
 import signal
-import subprocess
 import sys
-import time
 import warnings
+from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from tqdm import tqdm
 
-from files import InputError, is_main, read_json, remove, write_json, written_whole
-
-KEPT_CHECKPOINTS = 2
+from files import InputError
 
 
 # ---------------------------------------------------------------------------------------------- processes
+
+class Parser(argparse.ArgumentParser):
+    """Flags, their defaults in --help, and files of flags: `@recipes/prfl_t2v_14B_480P.args`, # begins a comment."""
+
+    def __init__(self, description):
+        super().__init__(description=description, fromfile_prefix_chars="@", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def convert_arg_line_to_args(self, line):
+        return shlex.split(line, comments=True)
+
 
 def start():
     """Join the processes that torchrun started, or stand alone. Returns this process's device."""
@@ -125,6 +127,42 @@ def clip_gradients(parameters, max_norm):
     return norm
 
 
+def learning_rate_factor(step, args):
+    """What the learning rate is multiplied with at a step, counted from 0: a linear warm-up, then constant or falling to 0."""
+    if step < args.warmup:
+        return (step + 1) / args.warmup
+    done = (step - args.warmup) / (args.steps - args.warmup)
+    return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[args.lr_schedule]
+
+
+class EMA:
+    """The exponential moving average of a model's trained parameters: average = decay * average + (1 - decay) * parameter."""
+
+    def __init__(self, model, decay):
+        self.decay = decay
+        self.parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self.average = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}  # float32 shards
+
+    @torch.no_grad()
+    def update(self):
+        for name, parameter in self.parameters.items():
+            self.average[name].lerp_(parameter, 1 - self.decay)
+
+    @contextmanager
+    def swapped(self):
+        """`with ema.swapped():` the model has the averaged parameters."""
+        self._swap()
+        yield
+        self._swap()
+
+    @torch.no_grad()
+    def _swap(self):
+        for name, parameter in self.parameters.items():
+            own = parameter.clone()
+            parameter.copy_(self.average[name])
+            self.average[name].copy_(own)
+
+
 # ---------------------------------------------------------------------------------------------- random draws
 
 def generator(*key):
@@ -144,131 +182,6 @@ def uniform(*key):
 def noise(shape, *key):
     """Standard normal float32 noise."""
     return torch.randn(shape, generator=generator(*key))
-
-
-# ---------------------------------------------------------------------------------------------- checkpoints
-
-def check_run(args):
-    """Refuse what would lose a run's checkpoints, or resume it as another run, or cannot be shared by the processes."""
-    share(range(args.batch_size))
-    found = checkpoints(args.output)
-    if found and not args.resume:
-        raise InputError(f"{args.output} already holds a run; continue it with --resume, or choose another --output")
-    if args.resume:
-        if not found:
-            raise InputError(f"{args.output} holds no complete checkpoint to resume; start without --resume")
-        before = read_json(Path(args.output, "run.json"))["arguments"]
-        changed = [name for name, value in vars(args).items() if before.get(name) != value
-                   and name not in ("resume", "output", "steps") and not name.endswith("_every")]
-        if changed:
-            raise InputError(f"--resume with another {' and '.join('--' + name for name in changed)} than "
-                             f"{args.output}/run.json has would be another run; use the same, or another --output")
-    dist.barrier()  # all have looked before one writes
-
-
-def checkpoints(output):
-    """{step: directory} of the complete checkpoints of a run: their names appear last, by a rename."""
-    found = ((re.fullmatch(r"step_(\d+)", path.name), path) for path in Path(output, "checkpoints").glob("step_*"))
-    return {int(match[1]): path for match, path in found if match}
-
-
-def save_checkpoint(output, step, model, optimizer):
-    """Write what resuming needs, whole or not at all: the float32 weights and the optimizer's state, each rank its part.
-
-    Nothing else has a state: learning rates, data order and random draws are functions of the step.
-    """
-    directory = Path(output, "checkpoints", f"step_{step:06d}")
-    beside = directory.with_name(f".{directory.name}.new")
-    weights, state = get_state_dict(model, optimizer)
-    if is_main():
-        remove(beside)
-    dist.barrier()
-    try:
-        dcp.save({"model": weights, "optimizer": state}, checkpoint_id=beside)
-    except BaseException as error:
-        if is_main():
-            remove(beside)
-        if not isinstance(error, CheckpointException):
-            raise
-        reasons = [reason for reason, _ in error.failures.values()]
-        if any(isinstance(reason, KeyboardInterrupt) for reason in reasons):
-            raise KeyboardInterrupt from None
-        reasons = "; ".join(sorted({str(reason) for reason in reasons}))
-        raise OSError(f"the checkpoint {directory} could not be written ({reasons}); earlier ones are untouched") from None
-    if is_main():
-        remove(directory)  # of a run that went on from an earlier step
-        beside.rename(directory)
-        for old in sorted(checkpoints(output))[:-KEPT_CHECKPOINTS]:
-            remove(checkpoints(output)[old])
-    dist.barrier()
-
-
-def load_checkpoint(output, model, optimizer):
-    """Load the newest complete checkpoint in place; returns its step, 0 where there is none."""
-    found = checkpoints(output)
-    if not found:
-        return 0
-    weights, state = get_state_dict(model, optimizer)
-    content = {"model": weights, "optimizer": state}
-    dcp.load(content, checkpoint_id=found[max(found)])
-    set_state_dict(model, optimizer, model_state_dict=content["model"], optim_state_dict=content["optimizer"])
-    return max(found)
-
-
-# ---------------------------------------------------------------------------------------------- the log
-
-class Log:
-    """One aligned line a step on the screen, and the same as a line of JSON in log.jsonl, by the main process."""
-
-    def __init__(self, output, args, steps, first_step, device):
-        self.steps, self.device, self.path, self.started = steps, device, Path(output, "log.jsonl"), time.time()
-        if not is_main():
-            return
-        with written_whole(self.path) as beside:
-            beside.write_text("".join(kept_lines(self.path, first_step)))
-        git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else None
-        write_json(Path(output, "run.json"), {"arguments": vars(args), "commit": commit, "torch": torch.__version__,
-                                              "processes": dist.get_world_size(), "device": str(device)})
-
-    def __call__(self, step, **values):
-        """Write one line. Numbers that a step has in common with all others come first: step, seconds, memory."""
-        now = time.time()
-        seconds, self.started = now - self.started, now
-        if not is_main():
-            return
-        values = {"step": step, **values, "seconds": round(seconds, 3), "gigabytes": round(peak_memory(self.device), 3)}
-        self.write(values)
-        self.say(f"{step:>{len(str(self.steps))}}/{self.steps}  " + "  ".join(
-            f"{name} {value:>8.4f}" if isinstance(value, float) else f"{name} {value!s:>3}"
-            for name, value in values.items() if name != "step"))
-
-    def write(self, values):
-        """A line of JSON in log.jsonl."""
-        if is_main():
-            with open(self.path, "a") as file:
-                file.write(json.dumps(values) + "\n")
-
-    def say(self, line):
-        """A line on the screen, above any progress bar."""
-        if is_main():
-            tqdm.write(line)
-            sys.stdout.flush()
-
-    def pause(self):
-        """The next step's time and memory begin now: saving and sampling are no part of a step."""
-        self.started = time.time()
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-
-
-def kept_lines(path, first_step):
-    """The lines of a log that stay when a run goes on after `first_step` steps: what comes later will be done again."""
-    if not first_step or not path.exists():
-        return
-    for line in path.read_text().splitlines(keepends=True):
-        if line.endswith("\n") and json.loads(line)["step"] <= first_step:  # the last line may be torn
-            yield line
 
 
 def peak_memory(device):

@@ -9,9 +9,12 @@ at step i and returns x at step i + 1. Steps are differentiable in v and x. All 
 computed once, so no step waits for the device.
 """
 import math
+from statistics import NormalDist
 
 import torch
 from tqdm import tqdm
+
+from files import InputError
 
 
 def shifted(sigma, shift):
@@ -21,14 +24,29 @@ def shifted(sigma, shift):
 # ---------------------------------------------------------------------------------------------- training
 
 class TrainingSchedule:
-    """The 1000 noise levels of training: `.timesteps` (1000,), truncated to integers, and `.sigmas` (1001,), the last 0."""
+    """The 1000 noise levels of training: `.timesteps` (1000,), truncated to integers, and `.sigmas` (1001,), the last 0.
 
-    def __init__(self, shift=5.0):
+    `draws` says how `draw` chooses one: ["uniform"] over the table, as published; ["logit_normal"], the sigmoid of a
+    standard normal in place of the uniform number; or a list of timesteps, each equally often.
+    """
+
+    def __init__(self, shift=5.0, draws=("uniform",)):
+        self.draws = list(draws)
+        if self.draws not in (["uniform"], ["logit_normal"]):
+            try:
+                self.draws = [float(t) for t in draws]
+            except ValueError:
+                raise InputError(f"timesteps are drawn {' '.join(draws)}; give uniform, logit_normal, or timesteps") from None
         self.sigmas = shifted(torch.linspace(1, 0, 1001), shift)
         self.timesteps = (1000 * self.sigmas[:-1]).long()
 
-    def at(self, u):
-        """(sigma, timestep) of u in [0, 1): the published training draws u uniformly."""
+    def draw(self, u):
+        """(sigma, timestep) for u uniform in [0, 1)."""
+        if self.draws == ["logit_normal"]:
+            u = 1 / (1 + math.exp(-NormalDist().inv_cdf(max(u, 1e-12))))
+        elif self.draws != ["uniform"]:
+            t = self.draws[math.floor(u * len(self.draws))]
+            return self.near(t), t
         index = math.floor(1000 * u)
         return self.sigmas[index].item(), self.timesteps[index].item()
 
@@ -167,14 +185,18 @@ def guided(velocity, guidance):
     return combined
 
 
-def walk(velocity, x, solver, steps=None, progress=None):
-    """Follow `velocity(x, t)` from noise x for the first `steps` of the solver's steps (all of them by default).
+def walk(velocity, x, solver, first=0, last=None, progress=None):
+    """Follow `velocity(x, t)` from noise x, or from where the solver stopped before step `first`, to before step `last`.
 
     x (B, ...) float32; t (B,) float32 on x's device. Sampling, previews and PRFL's rollouts all go through here.
     `progress` names a progress bar.
     """
-    timesteps = solver.timesteps.tolist()[:steps]
-    for i, t in enumerate(tqdm(timesteps, desc=progress, disable=None if progress else True, leave=False)):
-        v = velocity(x, torch.full((len(x),), t, dtype=torch.float32, device=x.device))
-        x = solver.step(v, i, x)
+    steps = range(first, len(solver.timesteps) if last is None else last)
+    for i in tqdm(steps, desc=progress, disable=None if progress else True, leave=False):
+        x = solver.step(velocity(x, timestep(solver, i, x)), i, x)
     return x
+
+
+def timestep(solver, i, x):
+    """The timestep (B,) of step i, for x (B, ...)."""
+    return torch.full((len(x),), float(solver.timesteps[i]), device=x.device)

@@ -81,10 +81,10 @@ def test_measures_by_hand():
 
 
 def test_save_and_load(tmp_path):
-    pavrm = PAVRM(tiny(), num_blocks=2, task="human_quality")
+    pavrm = PAVRM(tiny(), num_blocks=2, tasks=["human_quality"])
     pavrm.save_pretrained(tmp_path / "reward")
     loaded = PAVRM.from_pretrained(tmp_path / "reward")
-    assert loaded.task == "human_quality" and len(loaded.dit.blocks) == 2
+    assert loaded.tasks == ["human_quality"] and len(loaded.dit.blocks) == 2
     inputs = dict(x=draw((1, 16, 2, 4, 4), 1), t=torch.tensor([500.0]), context=[draw((3, 8), 2)])
     assert torch.equal(pavrm(**inputs), loaded(**inputs))
     half = PAVRM.from_pretrained(tmp_path / "reward", dtype=torch.bfloat16)

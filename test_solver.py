@@ -35,7 +35,7 @@ def test_training_schedule():
     assert torch.equal(schedule.timesteps, VALUES["train.shift5.timesteps"].long())
     for timestep, sigma in [(201, 0.20134), (400, 0.40082), (600, 0.60031), (800, 0.80036), (1000, 1.0)]:
         assert abs(schedule.near(timestep) - sigma) < 1e-5
-    assert schedule.at(0.0) == (1.0, 1000) and schedule.at(0.9999)[0] > 0
+    assert schedule.draw(0.0) == (1.0, 1000) and schedule.draw(0.9999)[0] > 0
 
 
 def test_euler_by_hand():
@@ -59,7 +59,7 @@ def test_a_straight_path_is_solved_exactly(name):
 @pytest.mark.parametrize("k", [0, 1, 4, 6])
 def test_a_step_is_differentiable_in_velocity_and_x(solver, k):
     with torch.no_grad():
-        x = walk(lambda x, t: velocity(x.float(), t).double(), draw((1, 3, 4), 0).double(), solver, steps=k)
+        x = walk(lambda x, t: velocity(x.float(), t).double(), draw((1, 3, 4), 0).double(), solver, last=k)
     history = dict(vars(solver))
 
     def step(v, x):

@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 import data
 import files
 import parallel
+import records
 import train_pavrm
 import train_prfl
 from files import InputError
@@ -27,7 +28,7 @@ from vae import WanVAE
 
 HAS_CUDA = torch.cuda.is_available()
 PAVRM_FLAGS = ["--batch_size", "4", "--lr", "1e-3", "--head_lr", "1e-3", "--eval_every", "100"]
-PRFL_FLAGS = ["--batch_size", "2", "--lr", "1e-3", "--rollout_steps", "6", "--accumulation", "2", "--sample_every", "0"]
+PRFL_FLAGS = ["--good", "none", "--batch_size", "2", "--lr", "1e-3", "--rollout_steps", "6", "--accumulation", "2", "--sample_every", "0"]
 
 
 @pytest.fixture
@@ -99,7 +100,8 @@ def test_official_prfl_values(k):
     fill_(policy.state_dict(), seed)
     pavrm = fill_pavrm(config, int(meta["k"]), seed + 100, seed + 107).requires_grad_(False)
     solver = UniPC(int(meta["steps"]), float(meta["shift"]))
-    x_next, logit = train_prfl.rewarded_step(policy, pavrm, solver, inputs["x"], k, inputs["context"], {})
+    (_, x_next, logit, _), = train_prfl.rewarded_steps(lambda x, t: policy(x, t, inputs["context"]),
+                                                       lambda x, t: pavrm(x, t, inputs["context"]), solver, inputs["x"], [k])
     loss = train_prfl.reward_loss(logit)
     loss.backward()
     assert agree(x_next, values[f"{k}.x_next"], 1e-5)
@@ -113,9 +115,9 @@ def test_official_prfl_values(k):
 def test_sft_learns_the_velocity():
     """The flow-matching loss of the true velocity is zero, and of a zero velocity it is the target's square."""
     x0, noise, sigma, t = draw((2, 16, 2, 4, 4), 1), draw((2, 16, 2, 4, 4), 2), torch.tensor([0.3, 0.9]), torch.tensor([300.0, 900.0])
-    assert train_prfl.sft_loss(lambda x, *_: noise - x0, x0, noise, sigma, t, [], {}).item() == 0
+    assert train_prfl.sft_loss(lambda x, t: noise - x0, x0, noise, sigma, t).item() == 0
     seen = []
-    loss = train_prfl.sft_loss(lambda x, *_: seen.append(x) or torch.zeros_like(x), x0, noise, sigma, t, [], {})
+    loss = train_prfl.sft_loss(lambda x, t: seen.append(x) or torch.zeros_like(x), x0, noise, sigma, t)
     assert loss.item() == pytest.approx((noise - x0).square().mean().item())
     assert torch.allclose(seen[0][1], 0.1 * x0[1] + 0.9 * noise[1])
 
@@ -127,10 +129,11 @@ def test_pavrm_learns_its_labels(world):
     assert sum(line["loss"] for line in log[-10:]) < 0.5 * sum(line["loss"] for line in log[:10])
     assert sum(line["accuracy"] for line in log[-10:]) / 10 > 0.9
     lines = [json.loads(line) for line in Path("run/log.jsonl").read_text().splitlines()]
-    evaluation = lines[-1]["evaluation"]
+    evaluation = lines[-1]["evaluation"]["motion_quality"]
     assert list(evaluation) == ["201", "400", "600", "800", "1000"]
-    assert set(evaluation["400"]) == {"accuracy", "precision", "recall", "f1", "loss"}
-    assert PAVRM.from_pretrained("run/reward").task == "motion_quality"
+    assert set(evaluation["400"]) == {"accuracy", "precision", "recall", "f1", "auc", "loss", "ece"}
+    assert files.read_json("run/evaluation.json") == lines[-1]["evaluation"]
+    assert PAVRM.from_pretrained("run/reward").tasks == ["motion_quality"]
 
 
 def test_only_blocks_and_head_of_pavrm_change(world):
@@ -146,10 +149,11 @@ def test_a_missing_label_is_not_zero(world):
         line["labels"]["human_quality"] = None
         line["labels"]["physics_quality"] = 1 if line["source_id"] in "03" else None
     write_index(world)
-    _, indices = train_pavrm.labelled("clips/index.jsonl", "physics_quality")
-    assert indices == [0, 3]
+    args = train_pavrm.parse_args(["--task", "physics_quality"])
+    _, items = train_pavrm.load_items(["clips/index.jsonl"], args)
+    assert items == [(0,), (3,)]
     with pytest.raises(InputError, match="no clip .* annotated for motion_quality"):
-        train_pavrm.labelled("clips/index.jsonl", "motion_quality")
+        train_pavrm.load_items(["clips/index.jsonl"], train_pavrm.parse_args([]))
 
 
 def test_prfl_raises_the_reward(world):
@@ -159,25 +163,21 @@ def test_prfl_raises_the_reward(world):
     assert min(ks) == 0 and max(ks) == 4 and len(ks) == 24  # of six rollout steps, the last is never the rewarded one
     pavrm, scores = PAVRM.from_pretrained("reward"), []
     for policy in (tiny(), train_prfl.WanModel.from_pretrained("run/model")):
+        texts = [draw((5, 8), 30)] * 8
         with torch.no_grad():
-            _, logit = train_prfl.rewarded_step(policy, pavrm, UniPC(6, 5.0), draw((8, 16, 2, 4, 4), 5), 2, [draw((5, 8), 30)] * 8, {})
+            (_, _, logit, _), = train_prfl.rewarded_steps(lambda x, t: policy(x, t, texts), lambda x, t: pavrm(x, t, texts), UniPC(6, 5.0),
+                                                          draw((8, 16, 2, 4, 4), 5), [2])
         scores.append(logit.sigmoid().mean().item())
     assert scores[1] > scores[0] + 0.01
 
 
 def test_the_reward_model_is_frozen(world, monkeypatch):
     """In fact: its parameters ask for no gradient and get none, while the policy's do."""
-    seen = []
-
-    def spy(policy, pavrm, *rest):
-        seen.append((policy, pavrm))
-        return rewarded_step(policy, pavrm, *rest)
-
-    rewarded_step = train_prfl.rewarded_step
-    monkeypatch.setattr(train_prfl, "rewarded_step", spy)
+    seen, shard = [], parallel.shard
+    monkeypatch.setattr(parallel, "shard", lambda model, *rest: seen.append(model) or shard(model, *rest))
     before = {name: tensor.clone() for name, tensor in PAVRM.from_pretrained("reward").state_dict().items()}
     run(train_prfl, "run", "--steps", "2")
-    policy, pavrm = seen[-1]
+    policy, pavrm = seen
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in pavrm.parameters())
     assert all(parameter.grad is not None for parameter in policy.parameters())
     assert all(torch.equal(before[name], parameter.full_tensor()) for name, parameter in pavrm.named_parameters())
@@ -211,7 +211,7 @@ def test_resume_is_exact(world, script):
     assert numbers(parts) == numbers(whole)
     weights = {train_pavrm: "reward/pavrm.safetensors", train_prfl: "model/diffusion_pytorch_model.safetensors"}[script]
     assert Path("parts", weights).read_bytes() == Path("whole", weights).read_bytes()
-    assert sorted(parallel.checkpoints("parts")) == [2, 6] and sorted(parallel.checkpoints("whole")) == [6]
+    assert sorted(records.checkpoints("parts")) == [2, 6] and sorted(records.checkpoints("whole")) == [6]
 
 
 def test_resuming_as_another_run_is_refused(world):
@@ -246,8 +246,11 @@ def fill_vae(directory):
 
 def flat(line):
     """A log line's numbers by name, those of its evaluation too."""
-    nested = {f"{t} {name}": value for t, row in line.get("evaluation", {}).items() for name, value in row.items()}
-    return {**{name: value for name, value in line.items() if name not in ("evaluation", "k")}, **nested}
+    nested = {}
+    for task, rows in line.get("evaluation", {}).items():
+        for t, row in rows.items() if isinstance(rows, dict) else [("", {"": rows})]:
+            nested |= {f"{task} {t} {name}": value for name, value in row.items()}
+    return {**{name: value for name, value in line.items() if not isinstance(value, (dict, list))}, **nested}
 
 
 def test_image_to_video_trains(world):
@@ -302,7 +305,7 @@ def test_nan_latents_stop_the_run(world):
     files.write_safetensors("clips/5.safetensors", {"latents": latents, "text_short": torch.zeros(2, 8), "text_long": torch.zeros(5, 8)})
     with pytest.raises(InputError, match="clip 5: .*5.safetensors has NaN"):
         run(train_prfl, "run", "--steps", "8", "--phases", "sft")
-    assert not parallel.checkpoints("run")
+    assert not records.checkpoints("run")
     assert len(run(train_prfl, "run", "--steps", "1", "--phases", "sft", "--seed", "1")) == 1  # and may start again
 
 

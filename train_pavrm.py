@@ -1,7 +1,7 @@
 """Stage 1: train PAVRM, the process-aware video reward model (arXiv 2511.21541, section 3.2).
 
     python train_pavrm.py                                  # the tiny world, alone
-    torchrun --nproc_per_node=8 train_pavrm.py --batch_size 8 --model Wan2.1-T2V-14B --train ... --val ...
+    torchrun --nproc_per_node=8 train_pavrm.py @recipes/pavrm_t2v_14B_480P.args --model Wan2.1-T2V-14B --train ... --val ...
 
 One step, for a clip x_0 with a human label y in {0, 1}:
 
@@ -9,153 +9,205 @@ One step, for a clip x_0 with a human label y in {0, 1}:
     x_s    = (1 - s) x_0 + s noise                         the clip as the generator sees it at that step
     loss   = BCE(logit(x_s, t, caption), y)                on the logit, in float32
 
+or, with --loss bt (Bradley-Terry), for a better clip a and a worse clip b of one prompt, with the same t and noise:
+
+    loss   = -log sigmoid(logit(a_s, t, caption) - logit(b_s, t, caption))
+
 The first blocks of the transformer and the head are trained, the embeddings stay. Every so many steps the model is
-evaluated on held-out clips at fixed timesteps with fixed noise. The result is one directory, OUTPUT/reward.
+evaluated on held-out clips at fixed timesteps with fixed noise. The result is one directory, OUTPUT/reward; with --ema
+it is the average, as is what is evaluated.
 
 Departures from the published code are listed in the README.
 """
-import argparse
+import math
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 import parallel
-from data import TASKS, Clips, Order, collate, label
-from files import InputError, is_main, load_weights
+import records
+from data import TASKS, Clips, Order, choose_caption, collate, label
+from files import InputError, is_main, load_weights, write_json
+from lora import add_lora, start_lora
 from model import WanModel
-from reward import PAVRM, bce_loss, classification_measures
+from reward import EVALUATION_TIMESTEPS, PAVRM, bce_loss, bradley_terry_loss, measure, score, table
 from solver import TrainingSchedule, add_noise
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Train PAVRM, the reward model on noisy latents.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = parallel.Parser("Train PAVRM, the reward model on noisy latents.")
     parser.add_argument("--model", default="demo/model", help="official directory of the transformer it starts from")
-    parser.add_argument("--train", default="demo/train/index.jsonl", help="index of encoded, labelled clips (data.py)")
-    parser.add_argument("--val", default="demo/val/index.jsonl", help="the same, of held-out clips")
-    parser.add_argument("--output", default="outputs/pavrm", help="directory of this run: reward/, checkpoints/, log.jsonl")
-    parser.add_argument("--task", default="motion_quality", choices=TASKS, help="label that is learnt; clips without it are left out")
-    parser.add_argument("--num_blocks", type=int, help="blocks of the transformer that are kept: 8 as published, or half of a "
-                        "model with fewer than 16 (default: that)")
+    parser.add_argument("--train", nargs="+", default=["demo/train/index.jsonl"], metavar="INDEX",
+                        help="index of encoded, labelled clips (data.py); for pairs also two lists, better and worse")
+    parser.add_argument("--val", nargs="+", default=["demo/val/index.jsonl"], metavar="INDEX", help="the same, of held-out clips")
+    parser.add_argument("--output", default="outputs/pavrm", help="directory of this run: reward/, evaluation.json, checkpoints/, log.jsonl")
+    parser.add_argument("--task", nargs="+", default=["motion_quality"], choices=TASKS,
+                        help="labels that are learnt, each with a head of its own; clips with none of them are left out")
+    parser.add_argument("--loss", default="ce", choices=["ce", "bt"], help="cross-entropy on labels, or Bradley-Terry on pairs: "
+                        "clips that share a pair_id and differ in the label")
+    parser.add_argument("--num_blocks", type=int, help="blocks of the transformer that are kept: 8 as published; None: that, or half "
+                        "of a model with fewer than 16")
+    parser.add_argument("--train_blocks", type=int, nargs="*", help="numbers of the blocks that are trained; None: all that are kept")
+    parser.add_argument("--pool", default="query", choices=["query", "mean", "max"], help="how tokens become one vector")
+    parser.add_argument("--num_queries", type=int, default=1, help="learned queries of the query pool (q)")
+    parser.add_argument("--lora_rank", type=int, default=0, help="train adapters of this rank in place of the blocks; 0 trains the blocks")
+    parser.add_argument("--lora_alpha", type=float, help="weight of the adapters times their rank; None: the rank")
+    parser.add_argument("--lora_targets", nargs="+", default=["q", "k", "v", "o"], help="linear layers with adapters")
     parser.add_argument("--steps", type=int, default=1000, help="optimizer steps")
-    parser.add_argument("--batch_size", type=int, default=2, help="clips a step, over all processes")
+    parser.add_argument("--batch_size", type=int, default=2, help="clips, or pairs, a micro-step, over all processes")
+    parser.add_argument("--accumulation", type=int, default=1, help="micro-steps a step")
     parser.add_argument("--lr", type=float, default=1e-6, help="learning rate of the blocks")
-    parser.add_argument("--head_lr", type=float, default=1e-6, help="learning rate of query attention and MLP")
+    parser.add_argument("--head_lr", type=float, default=1e-6, help="learning rate of pool and MLP; published: 1e-5 for bt")
+    parser.add_argument("--lr_schedule", default="constant", choices=["constant", "linear", "cosine"], help="after the warm-up")
+    parser.add_argument("--warmup", type=int, default=0, help="steps of linear warm-up")
     parser.add_argument("--weight_decay", type=float, default=0.01, help="AdamW's weight decay")
-    parser.add_argument("--max_norm", type=float, default=1.0, help="gradient norm, of blocks and head together, above which it is clipped")
+    parser.add_argument("--max_norm", type=float, default=1.0, help="gradient norm, of blocks and heads together, above which it is clipped")
+    parser.add_argument("--ema", type=float, default=0.0, help="decay of the average of the weights that is evaluated and saved; 0: none")
     parser.add_argument("--shift", type=float, default=5.0, help="shift of the noise levels towards noise")
-    parser.add_argument("--eval_timesteps", type=int, nargs="+", default=[201, 400, 600, 800, 1000], help="timesteps of evaluation")
+    parser.add_argument("--timesteps", nargs="+", default=["uniform"], help="draws of t: uniform (over the shifted table), logit_normal, "
+                        "or a list of timesteps")
+    parser.add_argument("--long_caption", type=float, default=0.0, help="probability of the long caption, else the short one")
+    parser.add_argument("--drop_prompt", type=float, default=0.0, help="probability of the empty prompt instead")
+    parser.add_argument("--eval_timesteps", type=int, nargs="+", default=EVALUATION_TIMESTEPS, help="timesteps of evaluation")
     parser.add_argument("--eval_every", type=int, default=200, help="steps between evaluations; there is one at the end too")
     parser.add_argument("--save_every", type=int, default=200, help="steps between checkpoints; there is one at the end too")
     parser.add_argument("--checkpoint_blocks", action="store_true", help="keep only the blocks' inputs for backward and compute the "
                         "rest again: a third slower, and what large models need")
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --output")
-    parser.add_argument("--seed", type=int, default=0, help="of the data order, the noise and the head's start")
+    parser.add_argument("--seed", type=int, default=0, help="of the data order, the noise and the start of heads and adapters")
     return parser.parse_args(argv)
 
 
-@torch.no_grad()
-def evaluate(pavrm, clips, indices, args, device):
-    """{timestep: measures} over held-out clips, each with its own fixed noise and its short caption."""
-    schedule = TrainingSchedule(args.shift)
-    logits = torch.zeros(len(args.eval_timesteps), len(indices))
-    for n, counts in tqdm(parallel.deal(len(indices)), desc="evaluating", leave=False, disable=None if is_main() else True):
-        clip = clips.load(indices[n])
-        x0, condition = collate([clip], pavrm.dit.config, device)
-        noise = parallel.noise(x0.shape, args.seed, clip["entry"]["source_id"], "evaluation").to(device)
-        for row, t in enumerate(args.eval_timesteps):
-            x = add_noise(x0, noise, schedule.near(t))
-            logit = pavrm(x, torch.tensor([float(t)], device=device), [clip["text_short"].to(device)], **condition)
-            logits[row, n] = logit.item() if counts else 0
-    dist.all_reduce(logits)  # each rank has zeros where others have worked
-    labels = torch.tensor([label(clips.entries[i]["labels"], args.task) for i in indices]).float()
-    return {t: classification_measures(row, labels) for t, row in zip(args.eval_timesteps, logits)}
-
-
-def labelled(path, task):
-    """The clips of an index, checked, and the indices of those that have the label."""
-    clips = Clips(path)
+def load_items(paths, args):
+    """The clips of an index (or of two lists), checked, and the items to learn from: clips (i,) or pairs (better, worse)."""
+    if len(paths) > 2 or len(paths) == 2 and args.loss != "bt":
+        raise InputError(f"{len(paths)} indices are given; give one, or two with --loss bt: the better clips and the worse")
+    clips = Clips.two_lists(*paths) if len(paths) == 2 else Clips(paths[0])
     clips.check()
-    indices = clips.select(task)
-    if not indices:
-        raise InputError(f"no clip of {path} is annotated for {task}; annotate it, or choose another --task")
-    good = sum(label(clips.entries[i]["labels"], task) for i in indices)
+    items = clips.pairs(args.task[0]) if args.loss == "bt" else [(i,) for i in clips.select(*args.task)]
+    if not items and args.loss == "bt":
+        raise InputError(f"{' '.join(paths)}: no two clips share a pair_id and differ in {args.task[0]}; annotate pairs, or use --loss ce")
+    if not items:
+        raise InputError(f"no clip of {paths[0]} is annotated for {' or '.join(args.task)}; annotate it, or choose another --task")
     if is_main():
-        print(f"{path}: {len(indices)} clips for {task}, {good} good and {len(indices) - good} poor; "
-              f"{len(clips) - len(indices)} without the label left out")
-    return clips, indices
+        for task in args.task:
+            labels = [label(entry["labels"], task) for entry in clips.entries]
+            print(f"{' '.join(paths)}: {len(items)} {'pairs' if args.loss == 'bt' else 'clips'}; {task}: "
+                  f"{labels.count(1)} good, {labels.count(0)} poor, {labels.count(None)} not annotated")
+    return clips, items
 
 
 def main(argv=None):
     args = parse_args(argv)
     device = parallel.start()
-    parallel.check_run(args)
-    clips, indices = labelled(args.train, args.task)
-    val_clips, val_indices = labelled(args.val, args.task)
-    order = Order([entry["shape"] for entry in clips.entries], args.batch_size, args.seed, indices)
-    schedule = TrainingSchedule(args.shift)
+    records.check_run(args)
+    if args.loss == "bt" and len(args.task) > 1:
+        raise InputError("--loss bt learns one label, since a pair is better in one of them; give one --task")
+    clips, items = load_items(args.train, args)
+    val_clips, val_items = load_items(args.val, args)
+    order = Order([clips.entries[item[0]]["shape"] for item in items], args.batch_size, args.seed)
+    schedule = TrainingSchedule(args.shift, args.timesteps)
+    labels = [[label(entry["labels"], task) for task in args.task] for entry in clips.entries]
+    truth = torch.tensor([[math.nan if value is None else value for value in row] for row in labels])  # (clips, labels)
+    annotated = truth.isfinite()
+    empty_prompt = clips.prompts["empty"].to(device) if args.drop_prompt or args.long_caption else torch.empty(0, device=device)
 
-    # The model: the transformer's first blocks, streamed from its checkpoint, and a new head, the same on all ranks.
+    # The model: the transformer's first blocks, streamed from its checkpoint, and new heads, the same on all ranks.
     dit = WanModel.on_meta(args.model)
     layers = dit.config.num_layers
     num_blocks = args.num_blocks or min(8, layers // 2)
-    collate([clips.load(indices[0])], dit.config, "cpu")  # to see that data and model fit
+    collate([clips.load(items[0][0])], dit.config, "cpu")  # to see that data and model fit
     torch.manual_seed(args.seed)
-    pavrm = PAVRM(dit, num_blocks, args.task)
-    pavrm.requires_grad_(False)
-    blocks, head = [dit.blocks], [pavrm.query_attention, pavrm.mlp]
-    for module in blocks + head:
-        module.requires_grad_(True)
-    parallel.shard(pavrm, dit.blocks, [dit.time_embedding, dit.time_projection, *head], device)
+    pavrm = PAVRM(dit, num_blocks, args.task, args.pool, args.num_queries)
+    dit.requires_grad_(False)
+    if args.lora_rank and args.train_blocks is not None:
+        raise InputError("--train_blocks and --lora_rank exclude each other: adapters train beside all blocks; give one of them")
+    if args.lora_rank:
+        add_lora(dit, args.lora_rank, args.lora_alpha or args.lora_rank, args.lora_targets)
+    else:
+        for number, block in enumerate(dit.blocks):
+            block.requires_grad_(args.train_blocks is None or number in args.train_blocks)
+    parallel.shard(pavrm, dit.blocks, [dit.time_embedding, dit.time_projection, *pavrm.heads], device)
     dit.to_empty(device=device)
     load_weights(dit, args.model, ignore=["head.", *(f"blocks.{i}." for i in range(num_blocks, layers))])
-
+    start_lora(dit, args.seed)
     dit.checkpoint_blocks = args.checkpoint_blocks
 
-    optimizer = torch.optim.AdamW([{"params": [p for module in blocks for p in module.parameters()], "lr": args.lr},
-                                   {"params": [p for module in head for p in module.parameters()], "lr": args.head_lr}],
-                                  betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=device.type == "cuda")
-    first_step = parallel.load_checkpoint(args.output, pavrm, optimizer) if args.resume else 0
-    log = parallel.Log(args.output, args, args.steps, first_step, device)
+    groups = [{"params": [p for p in dit.parameters() if p.requires_grad], "lr": args.lr},
+              {"params": [p for head in pavrm.heads for p in head.parameters()], "lr": args.head_lr}]
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.999), weight_decay=args.weight_decay,
+                                  fused=device.type == "cuda")
+    rates = [group["lr"] for group in optimizer.param_groups]
+    ema = parallel.EMA(pavrm, args.ema) if args.ema else None
+    first_step = records.load_checkpoint(args.output, pavrm, optimizer, ema) if args.resume else 0
+    log = records.Log(args.output, args, args.steps, first_step, device)
 
     for step in range(first_step, args.steps):
-        share = parallel.share(order[step])  # (position in the batch, clip)
-        samples = [clips.load(i) for _, i in share]
-        x0, condition = collate(samples, dit.config, device)                                # (B, 16, F, H, W)
-        texts = [sample["text_short"].to(device) for sample in samples]
-        labels = torch.tensor([label(sample["entry"]["labels"], args.task) for sample in samples], device=device)
-
-        sigma, t = zip(*(schedule.at(parallel.uniform(args.seed, step, n, "timestep")) for n, _ in share))
-        sigma, t = torch.tensor(sigma, device=device), torch.tensor(t, device=device).float()  # (B,)
-        noise = torch.stack([parallel.noise(x0.shape[1:], args.seed, step, n, "noise") for n, _ in share]).to(device)
-
-        logit = pavrm(add_noise(x0, noise, sigma), t, texts, **condition)                   # (B,)
-        loss = bce_loss(logit, labels)
         optimizer.zero_grad()
-        loss.backward()
+        micro_steps = range(step * args.accumulation, (step + 1) * args.accumulation)
+        # Every annotated label counts alike, on whichever rank and in whichever micro-step it is.
+        count = sum(annotated[items[n][0]].sum() for micro_step in micro_steps for n in order[micro_step])
+        totals = torch.zeros(3, 5, dtype=torch.float64)  # loss, right answers and their number, by fifths of the timesteps
+        for micro_step in micro_steps:
+            share = parallel.share(order[micro_step])  # (place in the batch, item)
+            # First the clips, or all better clips, then all worse ones, with the t and the noise of their pair.
+            chosen = [(i, (args.seed, micro_step, place)) for side in range(len(items[0])) for place, n in share for i in [items[n][side]]]
+            samples = [clips.load(i) for i, _ in chosen]
+            x0, condition = collate(samples, dit.config, device)                                # (B, 16, F, H, W)
+            texts = [choose_caption(sample, empty_prompt, args.long_caption, args.drop_prompt, *key)
+                     for sample, (_, key) in zip(samples, chosen)]
+            sigma, t = zip(*(schedule.draw(parallel.uniform(*key, "timestep")) for _, key in chosen))
+            sigma, t = torch.tensor(sigma, device=device), torch.tensor(t, device=device).float()  # (B,)
+            noise = torch.stack([parallel.noise(x0.shape[1:], *key, "noise") for _, key in chosen]).to(device)
+
+            logit = pavrm(add_noise(x0, noise, sigma), t, texts, **condition, tasks=args.task)  # (B, labels)
+            if args.loss == "ce":
+                labels = truth[[i for i, _ in chosen]].to(device)
+                losses, right = bce_loss(logit, labels, reduction="none"), (logit > 0) == (labels > 0)
+            else:
+                better, worse = logit.chunk(2)                                                  # (pairs, 1)
+                losses, right = bradley_terry_loss(better, worse, reduction="none"), better > worse
+            (losses.sum() / count * dist.get_world_size()).backward()  # gradients are averaged over the ranks
+            seen = annotated[[items[n][0] for _, n in share]]
+            values = torch.stack([losses.detach().cpu(), right.cpu() & seen, seen]).sum(-1)      # (3, B or pairs)
+            totals.index_add_(1, (t[:len(seen)].cpu() / 200).long().clamp(max=4), values.double())
+        factor = parallel.learning_rate_factor(step, args)
+        for group, rate in zip(optimizer.param_groups, rates):
+            group["lr"] = rate * factor
         norm = parallel.clip_gradients([p for p in pavrm.parameters() if p.requires_grad], args.max_norm)
         optimizer.step()
+        if ema:
+            ema.update()
 
-        right = ((logit > 0) == (labels > 0)).float().mean()
+        dist.all_reduce(totals)
+        loss, right, seen = totals.sum(1).tolist()
+        by_timestep = {f"{200 * b}-{200 * b + 200}": (totals[0, b] / totals[2, b]).item() for b in range(5) if totals[2, b]}
         done = step + 1
-        log(done, loss=parallel.mean(loss), accuracy=parallel.mean(right), norm=norm)
+        log(done, loss=loss / seen, accuracy=right / seen, norm=norm, lr=args.lr * factor, loss_by_timestep=by_timestep)
         if done % args.eval_every == 0 or done == args.steps:
-            report(evaluate(pavrm, val_clips, val_indices, args, device), done, log)
+            with ema.swapped() if ema else nullcontext():
+                evaluate(pavrm, val_clips, val_items, args, device, done, log)
         if done % args.save_every == 0 or done == args.steps:
-            parallel.save_checkpoint(args.output, done, pavrm, optimizer)
+            records.save_checkpoint(args.output, done, pavrm, optimizer, ema)
         log.pause()
 
-    pavrm.save_pretrained(Path(args.output, "reward"))
+    with ema.swapped() if ema else nullcontext():
+        pavrm.save_pretrained(Path(args.output, "reward"))
     log.say(f"the reward model is in {args.output}/reward")
 
 
-def report(measures, step, log):
-    """Print a line a timestep, and put the same in the log."""
+def evaluate(pavrm, clips, items, args, device, step, log):
+    """Measures on held-out clips, a label and a timestep each: printed, in the log, and in evaluation.json."""
+    indices = sorted({i for item in items for i in item})
+    logits = score(pavrm, clips, indices, args.eval_timesteps, device, args.seed, shift=args.shift)
+    pairs = [tuple(map(indices.index, pair)) for pair in items] if args.loss == "bt" else None
+    measures = measure(logits, clips, indices, pavrm, args.eval_timesteps, pairs)
     log.write({"step": step, "evaluation": measures})
-    for t, row in measures.items():
-        log.say(f"  held out, timestep {t:>4}:  " + "  ".join(f"{name} {value:.3f}" for name, value in row.items()))
+    if is_main():
+        write_json(Path(args.output, "evaluation.json"), measures)
+    log.say("\n".join(table(measures)))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """Stage 2: PRFL, process reward feedback learning (arXiv 2511.21541, section 3.3): train the generator against PAVRM.
 
     python train_prfl.py                                   # the tiny world, alone
-    torchrun --nproc_per_node=8 train_prfl.py --batch_size 8 --model Wan2.1-T2V-14B --reward outputs/pavrm/reward --data ...
+    torchrun --nproc_per_node=8 train_prfl.py @recipes/prfl_t2v_14B_480P.args --model Wan2.1-T2V-14B --reward ... --data ...
 
 One iteration has two phases, each with an update of its own:
 
-    SFT      x_s = (1 - s) x_0 + s noise                     a real clip, at a random noise level s
+    sft      x_s = (1 - s) x_0 + s noise                     a real clip, at a random noise level s
              loss = |v(x_s, t) - (noise - x_0)|^2            flow matching: stay a model of real clips
 
     reward   x = noise;  k ~ uniform over all solver steps but the last
@@ -14,44 +14,85 @@ One iteration has two phases, each with an update of its own:
              loss = weight * relu(2 - sigmoid(PAVRM(x_next, t_next)))       in effect weight * (2 - reward)
 
 The gradient flows through the frozen PAVRM and through that one step only. Nothing is decoded, so memory is that of
-one training step. Departures from the published code are listed in the README.
+one training step. What the paper compares with is chosen by --phases:
+
+    --phases sft            fine-tuning on the real clips alone
+    --phases rwr            reward-weighted regression: sft's loss times exp((reward - 1) / temperature) of the clip
+    --phases reward         PRFL without its SFT phase: the reward is hacked
+    --phases sft reward     PRFL
+
+Departures from the published code are listed in the README.
 """
-import argparse
+from contextlib import nullcontext
+from copy import copy
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 import parallel
-from data import VAE_FILE, Clips, Order, collate, to_uint8, write_video
-from files import InputError, load_weights
+import records
+from data import TASKS, VAE_FILE, Clips, Order, choose_caption, clip_statistics, collate, label, to_uint8, write_video
+from files import InputError, is_main, load_weights, open_safetensors, read_json, write_json, write_safetensors
+from lora import add_lora, save_adapter, start_lora, without_adapters
 from model import WanModel
-from reward import PAVRM, reward_loss
-from solver import TrainingSchedule, UniPC, add_noise, flow_matching_target, guided, walk
+from reward import PAVRM, parse_tasks, process_logits, reward_loss
+from solver import SOLVERS, TrainingSchedule, add_noise, flow_matching_target, guided, timestep, walk
 from vae import WanVAE
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Train a Wan model against a PAVRM reward.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--model", default="demo/model", help="official directory of the model to train")
-    parser.add_argument("--reward", default="demo/reward", help="reward model, written by train_pavrm.py")
-    parser.add_argument("--data", default="demo/train/good.jsonl", help="index of encoded clips (data.py): real ones, that move well")
+    parser = parallel.Parser("Train a Wan model against a PAVRM reward. The paper's symbols are in brackets.")
+    parser.add_argument("--model", default="demo/model", help="official directory of the model to train (theta)")
+    parser.add_argument("--reward", default="demo/reward", help="reward model (r), written by train_pavrm.py")
+    parser.add_argument("--data", default="demo/train/index.jsonl", help="index of encoded clips (data.py), real ones (x_0, c)")
+    parser.add_argument("--good", default="motion_quality", choices=[*TASKS, "none"], help="clips annotated as poor in this are left out")
+    parser.add_argument("--val", help="index of held-out clips whose prompts are evaluated; None: those of --data")
     parser.add_argument("--output", default="outputs/prfl", help="directory of this run: model/, checkpoints/, samples/, log.jsonl")
-    parser.add_argument("--phases", nargs="+", default=["sft", "reward"], choices=["sft", "reward"], help="phases of an iteration")
+    parser.add_argument("--phases", nargs="+", default=["sft", "reward"], choices=["sft", "rwr", "reward"], help="phases of an iteration")
     parser.add_argument("--steps", type=int, default=100, help="iterations; the published number is not known")
     parser.add_argument("--batch_size", type=int, default=2, help="clips a micro-step, over all processes")
     parser.add_argument("--accumulation", type=int, default=5, help="micro-steps a phase and iteration; each has its own k")
-    parser.add_argument("--lr", type=float, default=5e-6, help="learning rate, constant")
+    parser.add_argument("--sft_ratio", type=float, default=1.0, help="micro-steps of the sft (or rwr) phase to one of the reward phase")
+    parser.add_argument("--lr", type=float, default=5e-6, help="learning rate")
+    parser.add_argument("--lr_schedule", default="constant", choices=["constant", "linear", "cosine"], help="after the warm-up")
+    parser.add_argument("--warmup", type=int, default=0, help="iterations of linear warm-up")
     parser.add_argument("--weight_decay", type=float, default=0.01, help="AdamW's weight decay")
     parser.add_argument("--max_norm", type=float, default=1.0, help="gradient norm above which it is clipped")
+    parser.add_argument("--lora_rank", type=int, default=0, help="train adapters of this rank beside frozen weights; 0 trains all; published: 128")
+    parser.add_argument("--lora_alpha", type=float, help="weight of the adapters times their rank; None: the rank")
+    parser.add_argument("--lora_targets", nargs="+", default=["q", "k", "v", "o"], help="linear layers with adapters")
+    parser.add_argument("--ema", type=float, default=0.0, help="decay of an average of the weights, saved beside them, sampled and "
+                        "evaluated; 0: none; published: 0.99")
+
+    parser.add_argument("--task", nargs="+", help="label that is rewarded, or a weighted sum: motion_quality=0.7 text_alignment=0.3; "
+                        "None: the reward model's first")
     parser.add_argument("--reward_weight", type=float, default=0.1, help="weight of the reward loss (lambda)")
-    parser.add_argument("--rollout_steps", type=int, default=40, help="UniPC steps from noise to clip (K); k is one of 0 .. K - 2")
-    parser.add_argument("--shift", type=float, default=5.0, help="shift of the noise levels, in both phases and in the samples")
+    parser.add_argument("--reward_form", default="hinge", choices=["hinge", "log_sigmoid", "logit"], help="what is made of the logit")
+    parser.add_argument("--judge", default="next", choices=["next", "clean"], help="what is judged: the noisy latent after the step "
+                        "(x_{t-1}), or the clean one it predicts (x_0), at timestep 0")
+    parser.add_argument("--k", nargs="+", default=["all"], help="steps that may be rewarded (s): all of 0 .. K - 2, their early, "
+                        "middle or late third, or numbers")
+    parser.add_argument("--gradient_steps", type=int, default=1, help="steps with gradient, the rewarded one last")
+    parser.add_argument("--rewards_per_rollout", type=int, default=1, help="different k that are rewarded on one rollout: cheaper a "
+                        "reward, but they share the noise and the rollout's beginning")
+    parser.add_argument("--rollout_steps", type=int, default=40, help="solver steps from noise to clip (K)")
+    parser.add_argument("--solver", default="unipc", choices=SOLVERS, help="of rollouts and samples")
+    parser.add_argument("--rollout_guidance", type=float, default=1.0, help="classifier-free guidance in the rollout; 1 is none")
+    parser.add_argument("--kl_weight", type=float, default=0.0, help="weight of |v - v_start|^2 at the steps with gradient, against "
+                        "the model as it started; takes a frozen copy of it, or none with --lora_rank")
+    parser.add_argument("--rwr_temperature", type=float, default=0.1, help="of reward-weighted regression (beta)")
+
+    parser.add_argument("--shift", type=float, default=5.0, help="shift of the noise levels, in all phases and in the samples")
+    parser.add_argument("--timesteps", nargs="+", default=["uniform"], help="draws of t in the sft phase: uniform (over the shifted "
+                        "table), logit_normal, or a list of timesteps")
     parser.add_argument("--long_caption", type=float, default=0.7, help="probability of the long caption, else the short one")
     parser.add_argument("--drop_prompt", type=float, default=0.1, help="probability of the empty prompt instead")
-    parser.add_argument("--samples", type=int, default=2, help="sample videos that are written, of the data's first captions")
-    parser.add_argument("--sample_every", type=int, default=50, help="iterations between them; 0 writes none")
-    parser.add_argument("--guidance", type=float, default=5.0, help="guidance of the sample videos; rollouts have none")
+    parser.add_argument("--samples", type=int, default=2, help="clips of fixed prompts and seeds that are made and measured as training goes on")
+    parser.add_argument("--sample_every", type=int, default=50, help="iterations between them, the first before training; 0: never")
+    parser.add_argument("--guidance", type=float, default=5.0, help="their guidance")
+    parser.add_argument("--stop_below", nargs=2, metavar=("MEASURE", "SHARE"), help="stop when the samples' reward has risen and this "
+                        "measure of them (motion_energy, contrast, saturation) is below this share of its start")
     parser.add_argument("--save_every", type=int, default=50, help="iterations between checkpoints; there is one at the end too")
     parser.add_argument("--checkpoint_blocks", action="store_true", help="keep only the blocks' inputs for backward and compute the "
                         "rest again: a third slower, and what large models need")
@@ -62,26 +103,56 @@ def parse_args(argv=None):
 
 # ---------------------------------------------------------------------------------------------- the method
 
-def sft_loss(policy, x0, noise, sigma, t, texts, condition):
-    """Flow-matching loss (scalar): x0, noise (B, C, F, H, W), noise level sigma (B,) and its timestep t (B,)."""
-    velocity = policy(add_noise(x0, noise, sigma), t, texts, **condition)
-    return (velocity - flow_matching_target(x0, noise)).square().mean()
+def sft_loss(velocity, x0, noise, sigma, t, weight=1.0):
+    """Flow-matching loss (scalar): x0, noise (B, C, F, H, W), noise level sigma (B,) and its timestep t (B,), weight (B,)."""
+    error = velocity(add_noise(x0, noise, sigma), t) - flow_matching_target(x0, noise)
+    return (weight * error.square().flatten(1).mean(1)).mean()
 
 
-def rewarded_step(policy, pavrm, solver, noise, k, texts, condition):
-    """Roll out to step k and score one step more: x_next (B, C, F, H, W) and the logit (B,), both with gradient.
+def rewarded_steps(velocity, pavrm, solver, x, ks, gradient_steps=1, judge="next", start=None):
+    """Roll out from noise x (B, C, F, H, W) and have each step k of `ks` judged, one after the other.
 
-    The latents stay float32 throughout. The reward sees the policy's own text states. `solver` remembers the steps
-    before (they are constants here), so one more step by hand goes on where `walk` stopped.
+    Yields k, the judged latents (B, C, F, H, W), their logits, and the mean square distance of the steps' velocities to
+    those of `start`, all with gradient through the last `gradient_steps` steps and no further. velocity(x, t), start(x, t)
+    and pavrm(x, t) know their condition. The latents stay float32 throughout.
     """
-    def velocity(x, t):
-        return policy(x, t, texts, **condition)
+    at = 0
+    for k in sorted(ks):
+        first = max(k - gradient_steps + 1, 0)
+        if first > at:
+            with torch.no_grad():
+                x = walk(velocity, x, solver, at, first)
+            at = first
+        # `solver` remembers the steps before; a copy goes on from there, so that the rollout may continue without gradient.
+        branch, z, distance = copy(solver), x, torch.zeros((), device=x.device)
+        for i in range(first, k + 1):
+            t = timestep(solver, i, z)
+            v = velocity(z, t)
+            if start:
+                with torch.no_grad():
+                    v_start = start(z, t)
+                distance = distance + (v - v_start).square().mean() / (k + 1 - first)
+            before, z = z, branch.step(v, i, z)
+        if judge == "clean":
+            z, t_next = before - solver.sigmas[k].item() * v, torch.zeros_like(t)
+        else:
+            t_next = timestep(solver, k + 1, z)
+        yield k, z, pavrm(z, t_next), distance
 
-    with torch.no_grad():
-        x = walk(velocity, noise, solver, steps=k)
-    t, t_next = (solver.timesteps[i].float().expand(len(noise)).to(noise.device) for i in (k, k + 1))
-    x_next = solver.step(velocity(x, t), k, x)
-    return x_next, pavrm(x_next, t_next, texts, **condition)
+
+def rewardable(words, steps):
+    """The steps k that --k names, of a solver of K steps: the last step is never one, since nothing comes after it."""
+    third = (steps - 1) / 3
+    thirds = {"all": (0, 3), "early": (0, 1), "middle": (1, 2), "late": (2, 3)}
+    if len(words) == 1 and words[0] in thirds:
+        ks = list(range(*(round(third * part) for part in thirds[words[0]])))
+    elif all(word.isdigit() for word in words):
+        ks = [int(word) for word in words]
+    else:
+        raise InputError(f"--k {' '.join(words)} names no steps; give all, early, middle, late, or numbers")
+    if not ks or max(ks) > steps - 2:
+        raise InputError(f"--k {' '.join(words)} does not fit {steps} rollout steps; k can be 0 to {steps - 2}")
+    return ks
 
 
 # ---------------------------------------------------------------------------------------------- training
@@ -89,128 +160,211 @@ def rewarded_step(policy, pavrm, solver, noise, k, texts, condition):
 def main(argv=None):
     args = parse_args(argv)
     device = parallel.start()
-    parallel.check_run(args)
-    if args.rollout_steps < 2:
-        raise InputError(f"--rollout_steps {args.rollout_steps} leaves no step to reward; give at least 2")
-    clips = Clips(args.data)
-    clips.check()
-    empty_prompt = clips.prompts["empty"].to(device)
-    order = Order([entry["shape"] for entry in clips.entries], args.batch_size, args.seed)
-    schedule = TrainingSchedule(args.shift)
+    records.check_run(args)
+    choices = rewardable(args.k, args.rollout_steps)
+    if not 1 <= args.rewards_per_rollout <= len(choices):
+        raise InputError(f"--rewards_per_rollout {args.rewards_per_rollout} cannot be met by {len(choices)} steps; give 1 to {len(choices)}")
+    clips, val_clips = Clips(args.data), Clips(args.val or args.data)
+    clips.check(), val_clips.check()
+    empty_prompt, negative_prompt = (clips.prompts[name].to(device) for name in ("empty", "negative"))
+    good = [i for i, entry in enumerate(clips.entries) if args.good == "none" or label(entry["labels"], args.good) != 0]
+    order = Order([entry["shape"] for entry in clips.entries], args.batch_size, args.seed, good)
+    schedule = TrainingSchedule(args.shift, args.timesteps)
 
     # Both models as structure only, without weights, to see that everything fits before anything large is loaded.
     policy = WanModel.on_meta(args.model)
     collate([clips.load(0)], policy.config, "cpu")
-    pavrm = PAVRM.on_meta(args.reward).requires_grad_(False) if "reward" in args.phases else None
+    pavrm = PAVRM.on_meta(args.reward).requires_grad_(False) if args.phases != ["sft"] else None
     for name in ("in_dim", "text_dim", "text_len", "use_clip") if pavrm else ():
         ours, theirs = getattr(policy.config, name), getattr(pavrm.dit.config, name)
         if ours != theirs:
             raise InputError(f"the reward model {args.reward} has {name} {theirs}, but {args.model} has {ours}; "
                              f"train it on a model of this kind with train_pavrm.py")
+    tasks = parse_tasks(args.task, pavrm) if pavrm else {}
     vae = WanVAE.from_pretrained(Path(args.model, VAE_FILE), device=device) if args.sample_every else None
 
     # Shard each over all processes (the modules named one by one compute in float32), give each shard its memory, then
     # read the weights into it.
-    parallel.shard(policy, policy.blocks, [policy.time_embedding, policy.time_projection, policy.head], device)
-    load_weights(policy.to_empty(device=device), args.model)
-    policy.checkpoint_blocks = args.checkpoint_blocks
+    def load_policy(model):
+        parallel.shard(model, model.blocks, [model.time_embedding, model.time_projection, model.head], device)
+        load_weights(model.to_empty(device=device), args.model)
+        model.checkpoint_blocks = args.checkpoint_blocks
+        return model
+
+    if args.lora_rank:
+        add_lora(policy, args.lora_rank, args.lora_alpha or args.lora_rank, args.lora_targets)
+    load_policy(policy)
+    start_lora(policy, args.seed)
+    frozen = load_policy(WanModel.on_meta(args.model).requires_grad_(False)) if args.kl_weight and not args.lora_rank else policy
     if pavrm:
         dit = pavrm.dit
-        parallel.shard(pavrm, dit.blocks, [dit.time_embedding, dit.time_projection, pavrm.query_attention, pavrm.mlp], device)
+        parallel.shard(pavrm, dit.blocks, [dit.time_embedding, dit.time_projection, *pavrm.heads], device)
         load_weights(pavrm.to_empty(device=device), args.reward)
         dit.checkpoint_blocks = args.checkpoint_blocks
 
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay,
-                                  fused=device.type == "cuda")
-    first_step = parallel.load_checkpoint(args.output, policy, optimizer) if args.resume else 0
-    log = parallel.Log(args.output, args, args.steps, first_step, device)
-    log.say(f"training {args.model} on {len(clips)} clips; sample videos go to {args.output}/samples")
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=device.type == "cuda")
+    ema = parallel.EMA(policy, args.ema) if args.ema else None
+    first_step = records.load_checkpoint(args.output, policy, optimizer, ema) if args.resume else 0
+    log = records.Log(args.output, args, args.steps, first_step, device)
+    log.say(f"training {args.model} on {len(good)} clips, {len(clips) - len(good)} poor ones left out; sample videos go to {args.output}/samples")
 
     def micro_batch(micro_step, phase):
-        """This process's part of a micro-step: x_0 and noise (B, C, F, H, W), text states, image condition, and keys
-        for further draws, one a clip. Both phases of an iteration see the same clips and captions."""
+        """This process's part of a micro-step: x_0 and noise (B, C, F, H, W), the functions velocity(x, t, negative_prompt),
+        start(x, t) and judge(x, t) -> logits (B, labels) that know the clips' condition, and keys for further draws, one a
+        clip. Both phases of an iteration see the same clips and captions."""
         share = parallel.share(order[micro_step])  # (place in the batch, clip)
         keys = [(args.seed, micro_step, place) for place, _ in share]
         samples = [clips.load(i) for _, i in share]
         x0, condition = collate(samples, policy.config, device)
-        texts = [choose_caption(sample, empty_prompt, args, key) for sample, key in zip(samples, keys)]
+        texts = [choose_caption(sample, empty_prompt, args.long_caption, args.drop_prompt, *key) for sample, key in zip(samples, keys)]
         noise = torch.stack([parallel.noise(x0.shape[1:], *key, phase) for key in keys]).to(device)
-        return x0, noise, texts, condition, keys
 
+        def velocity(x, t, negative=False, model=policy):
+            return model(x, t, [negative_prompt] * len(x) if negative else texts, **condition)
+
+        def start(x, t):
+            with without_adapters(frozen):
+                return guided(lambda *inputs: velocity(*inputs, model=frozen), args.rollout_guidance)(x, t)
+
+        return x0, noise, velocity, start, lambda x, t: pavrm(x, t, texts, **condition, tasks=list(tasks)), keys
+
+    sampling = args.sample_every if args.samples else 0
+    if sampling and first_step == 0:
+        evaluate(policy, pavrm, tasks, vae, val_clips, 0, args, device, log)
     for step in range(first_step, args.steps):
-        micro_steps = range(step * args.accumulation, (step + 1) * args.accumulation)
         logged = {}
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * parallel.learning_rate_factor(step, args)
 
-        if "sft" in args.phases:
+        for phase in [phase for phase in args.phases if phase != "reward"]:  # sft or rwr
             optimizer.zero_grad()
-            losses = []
-            for micro_step in micro_steps:
-                x0, noise, texts, condition, keys = micro_batch(micro_step, "sft")
-                levels = [schedule.at(parallel.uniform(*key, "timestep")) for key in keys]
+            losses, count = [], max(round(args.accumulation * args.sft_ratio), 1)
+            for micro_step in range(step * count, (step + 1) * count):
+                x0, noise, velocity, _, judge, keys = micro_batch(micro_step, "sft")
+                levels = [schedule.draw(parallel.uniform(*key, "timestep")) for key in keys]
                 sigma, t = (torch.tensor(column, dtype=torch.float32, device=device) for column in zip(*levels))    # (B,)
-                loss = sft_loss(policy, x0, noise, sigma, t, texts, condition)
-                (loss / args.accumulation).backward()
+                weight = 1.0
+                if phase == "rwr":
+                    with torch.no_grad():
+                        weight = ((reward_of(judge(add_noise(x0, noise, sigma), t), tasks) - 1) / args.rwr_temperature).exp()  # (B,)
+                loss = sft_loss(velocity, x0, noise, sigma, t, weight)
+                (loss / count).backward()
                 losses.append(loss.detach())
-            logged["sft_norm"] = parallel.clip_gradients(policy.parameters(), args.max_norm)
+            logged[f"{phase}_norm"] = parallel.clip_gradients(trained, args.max_norm)
             optimizer.step()
-            logged["sft_loss"] = parallel.mean(torch.stack(losses))
+            logged[f"{phase}_loss"] = parallel.mean(torch.stack(losses))
 
         if "reward" in args.phases:
             optimizer.zero_grad()
-            losses, scores, ks = [], [], []
-            for micro_step in micro_steps:
-                _, noise, texts, condition, _ = micro_batch(micro_step, "reward")
-                # One k for all processes: with different ones they would meet in different collectives.
-                k = int(parallel.uniform(args.seed, micro_step, "k") * (args.rollout_steps - 1))
-                solver = UniPC(args.rollout_steps, args.shift)
-                _, logit = rewarded_step(policy, pavrm, solver, noise, k, texts, condition)
-                loss = reward_loss(logit, args.reward_weight)
-                (loss / args.accumulation).backward()
-                losses.append(loss.detach())
-                scores.append(logit.detach().sigmoid().mean())
-                ks.append(k)
-            logged["reward_norm"] = parallel.clip_gradients(policy.parameters(), args.max_norm)
+            losses, rewards, distances, ks = [], [], [], []
+            for micro_step in range(step * args.accumulation, (step + 1) * args.accumulation):
+                _, noise, velocity, start, judge, _ = micro_batch(micro_step, "reward")
+                # The same k for all processes: with different ones they would meet in different collectives.
+                drawn = torch.randperm(len(choices), generator=parallel.generator(args.seed, micro_step, "k"))
+                drawn = [choices[i] for i in drawn[:args.rewards_per_rollout]]
+                solver = SOLVERS[args.solver](args.rollout_steps, args.shift)
+                for k, _, logits, distance in rewarded_steps(guided(velocity, args.rollout_guidance), judge, solver, noise, drawn,
+                                                             args.gradient_steps, args.judge, start if args.kl_weight else None):
+                    loss = sum(share * reward_loss(logits[:, i], args.reward_weight, args.reward_form)
+                               for i, share in enumerate(tasks.values())) + args.kl_weight * distance
+                    (loss / args.accumulation / len(drawn)).backward()
+                    losses.append(loss.detach())
+                    rewards.append(reward_of(logits.detach(), tasks).mean())
+                    distances.append(distance.detach())
+                    ks.append(k)
+            logged["reward_norm"] = parallel.clip_gradients(trained, args.max_norm)
             optimizer.step()
-            logged |= {"reward_loss": parallel.mean(torch.stack(losses)), "reward": parallel.mean(torch.stack(scores)), "k": ks}
+            logged |= {"reward_loss": parallel.mean(torch.stack(losses)), "reward": parallel.mean(torch.stack(rewards)), "k": ks}
+            if args.kl_weight:
+                logged["kl"] = parallel.mean(torch.stack(distances))
 
+        if ema:
+            ema.update()
         done = step + 1
-        log(done, **logged)
-        if args.sample_every and (done % args.sample_every == 0 or done == args.steps):
-            write_samples(policy, vae, clips, Path(args.output, "samples", f"step_{done:06d}"), args, device)
-        if done % args.save_every == 0 or done == args.steps:
-            parallel.save_checkpoint(args.output, done, policy, optimizer)
+        log(done, **logged, lr=optimizer.param_groups[0]["lr"])
+        stop = False
+        if sampling and (done % sampling == 0 or done == args.steps):
+            with ema.swapped() if ema else nullcontext():
+                stop = evaluate(policy, pavrm, tasks, vae, val_clips, done, args, device, log)
+        if done % args.save_every == 0 or done == args.steps or stop:
+            records.save_checkpoint(args.output, done, policy, optimizer, ema)
         log.pause()
+        if stop:
+            break
 
     policy.save_pretrained(Path(args.output, "model"))
+    if args.lora_rank:
+        save_adapter(policy, Path(args.output, "adapter.safetensors"))
+    if ema:
+        with ema.swapped():
+            policy.save_pretrained(Path(args.output, "model_ema"))
+            if args.lora_rank:
+                save_adapter(policy, Path(args.output, "adapter_ema.safetensors"))
     log.say(f"the trained model is in {args.output}/model")
 
 
-def choose_caption(sample, empty_prompt, args, key):
-    """The text states of the long or the short caption, or of the empty prompt."""
-    if parallel.uniform(*key, "drop") < args.drop_prompt:
-        return empty_prompt
-    name = "text_long" if parallel.uniform(*key, "caption") < args.long_caption else "text_short"
-    return sample[name].to(empty_prompt.device)
+def reward_of(logits, tasks):
+    """The reward (B,) of logits (B, labels): the sum of their sigmoids, weighted."""
+    return logits.sigmoid() @ torch.tensor(list(tasks.values()), device=logits.device)
 
 
 @torch.no_grad()
-def write_samples(policy, vae, clips, directory, args, device):
-    """Videos of the first captions, with the same noise every time, so that one sees what training changes."""
-    negative = clips.prompts["negative"].to(device)
+def evaluate(policy, pavrm, tasks, vae, clips, step, args, device, log):
+    """Make clips of fixed prompts and seeds and measure them, so that one sees what training changes, and reward hacking:
+
+    reward: mean reward of the clips, noised again; saturated: share of them above 0.95
+    velocity_distance: mean |v - v_start|^2 on the held-out clip, noised, v_start being that of the model before training
+    motion_energy, contrast, saturation: of the decoded videos, see data.clip_statistics
+
+    Videos go to OUTPUT/samples. Returns whether --stop_below asks to stop.
+    """
+    directory, first = (Path(args.output, "samples", f"step_{number:06d}") for number in (step, 0))
+    negative, schedule = clips.prompts["negative"].to(device), TrainingSchedule(args.shift)
+    names, rows = [], torch.zeros(0)
     for n, counts in parallel.deal(min(args.samples, len(clips))):
         sample = clips.load(n)
         x0, condition = collate([sample], policy.config, device)
         text = sample["text_long"].to(device)
+        noise = parallel.noise(x0.shape, args.seed, n, "sample").to(device)
+        measures = {}
 
-        def velocity(x, t, negative_prompt):
+        def velocity(x, t, negative_prompt=False):
             return policy(x, t, [negative if negative_prompt else text], **condition)
 
-        noise = parallel.noise(x0.shape, args.seed, n, "sample").to(device)
-        latents = walk(guided(velocity, args.guidance), noise, UniPC(args.rollout_steps, args.shift))
+        latents = walk(guided(velocity, args.guidance), noise, SOLVERS[args.solver](args.rollout_steps, args.shift))
+        if pavrm:
+            logits = process_logits(pavrm, latents, text, condition, noise.flip(2), [201, 400, 600, 800], list(tasks), shift=args.shift)
+            measures["reward"] = reward_of(logits, tasks).mean().item()
+            measures["saturated"] = float(measures["reward"] > 0.95 * sum(tasks.values()))
+        levels = {f"t{t}": (schedule.near(t), torch.tensor([float(t)], device=device)) for t in (250, 500, 750)}
+        velocities = {name: velocity(add_noise(x0, noise, sigma), t).cpu() for name, (sigma, t) in levels.items()}
+        if step == 0 and counts:
+            write_safetensors(first / f"{n}.safetensors", velocities)
+        if step > 0 and Path(first, f"{n}.safetensors").is_file():
+            before = open_safetensors(first / f"{n}.safetensors")
+            measures["velocity_distance"] = sum((v - before.get_tensor(name)).square().mean().item() / 3 for name, v in velocities.items())
+        video = to_uint8(vae.decode(latents)[0].cpu())
+        measures |= clip_statistics(video)
+        names, rows = list(measures), rows if len(rows) else torch.zeros(min(args.samples, len(clips)), len(measures))
         if counts:
-            write_video(directory / f"{n}.mp4", to_uint8(vae.decode(latents)[0].cpu()), sample["entry"].get("fps", 16))
+            rows[n] = torch.tensor(list(measures.values()))
+            write_video(directory / f"{n}.mp4", video, sample["entry"].get("fps", 16))
+    dist.all_reduce(rows)  # each rank has zeros where others have worked
+    measures = dict(zip(names, rows.mean(0).tolist()))
+    log.write({"step": step, "evaluation": measures})
+    log.say("  samples:  " + "  ".join(f"{name} {value:.4g}" for name, value in measures.items()))
+    if is_main():
+        write_json(directory / "evaluation.json", measures)
+    if not args.stop_below or step == 0:
+        return False
+    start, (name, share) = read_json(first / "evaluation.json"), args.stop_below
+    hacked = measures["reward"] > start["reward"] and measures[name] < float(share) * start[name]
+    if hacked:
+        log.say(f"stopped: the samples' reward has risen from {start['reward']:.3f} to {measures['reward']:.3f}, while {name} has "
+                f"fallen from {start[name]:.4g} to {measures[name]:.4g}")
+    return hacked
 
 
 if __name__ == "__main__":
     parallel.run(main)
-

@@ -1,0 +1,92 @@
+"""LoRA: train a small update of low rank beside frozen weights (Hu et al. 2021, arXiv 2106.09685).
+
+W x + b becomes W x + b + (alpha / rank) B A x. W stays as it was loaded; A and B are float32. Saved models have the
+update merged into W, so that they load wherever the official ones do; the adapter is saved by itself too.
+"""
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from files import InputError, fill, is_main, whole, write_safetensors
+
+
+class LoRALinear(nn.Linear):
+    """A frozen linear layer with a trained update of low rank beside it."""
+
+    def __init__(self, linear, rank, alpha):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.lora_A = nn.Linear(linear.in_features, rank, bias=False, device=linear.weight.device)   # float32
+        self.lora_B = nn.Linear(rank, linear.out_features, bias=False, device=linear.weight.device)
+        self.scale, self.adapter_on = alpha / rank, True
+
+    def forward(self, x):
+        out = super().forward(x)
+        if self.adapter_on:
+            out = out + self.scale * self.lora_B(self.lora_A(x.to(self.lora_A.weight.dtype))).to(out.dtype)
+        return out
+
+
+def add_lora(model, rank, alpha, targets=("q", "k", "v", "o")):
+    """Freeze `model` and give the linear layers of its blocks that `targets` names (q or ffn.0, say) an adapter each."""
+    model.requires_grad_(False)
+    for target in targets:
+        for block in model.blocks:
+            chosen = [name for name, layer in block.named_modules()
+                      if isinstance(layer, nn.Linear) and f".{name}".endswith(f".{target}")]
+            if not chosen:
+                raise InputError(f"no linear layer of a block is called {target}; choose LoRA targets from "
+                                 f"q k v o k_img v_img ffn.0 ffn.2")
+            for name in chosen:
+                block.set_submodule(name, LoRALinear(block.get_submodule(name), rank, alpha))
+
+
+def adapters(module):
+    """{name: layer} of all layers with an adapter."""
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, LoRALinear)}
+
+
+def start_lora(module, seed):
+    """Start values: A as torch starts a linear layer, the same on all ranks; B zero, so nothing changes yet."""
+    generator = torch.Generator().manual_seed(seed)
+    for layer in adapters(module).values():
+        rank, width = layer.lora_A.weight.shape
+        fill(layer.lora_A.weight, (2 * torch.rand(rank, width, generator=generator) - 1) / width ** 0.5)
+        fill(layer.lora_B.weight, torch.zeros(layer.lora_B.weight.shape))
+
+
+@contextmanager
+def without_adapters(module):
+    """The model as it was before: `with without_adapters(policy): ...`"""
+    for layer in adapters(module).values():
+        layer.adapter_on = False
+    yield
+    for layer in adapters(module).values():
+        layer.adapter_on = True
+
+
+@torch.no_grad()
+def merged_state(module):
+    """The state dict under its official names, W + (alpha / rank) B A in place of W where there is an adapter."""
+    state = {name: tensor for name, tensor in module.state_dict().items() if ".lora_" not in name}
+    for name, layer in adapters(module).items():
+        update = layer.scale * (layer.lora_B.weight @ layer.lora_A.weight)
+        state[f"{name}.weight"] = (layer.weight.float() + update).to(layer.weight.dtype)
+    return state
+
+
+@torch.no_grad()
+def save_adapter(module, path):
+    """The adapters alone, under the names that diffusers and ComfyUI load. Under torchrun every rank calls it.
+
+    alpha / rank is multiplied into B: readers differ in where they look for alpha.
+    """
+    tensors = {}
+    for name, layer in adapters(module).items():
+        for part, scale in (("lora_A", 1.0), ("lora_B", layer.scale)):
+            tensor = whole(getattr(layer, part).weight)
+            tensors[f"diffusion_model.{name}.{part}.weight"] = (scale * tensor).cpu()
+    if is_main():
+        write_safetensors(path, tensors, {"format": "pt"})
