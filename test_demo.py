@@ -33,25 +33,32 @@ def committed(name):
 @pytest.mark.parametrize("fault", [None, *demo.FAULTS])
 def test_each_fault_is_told_from_pixels(fault):
     for seed in range(20):
-        video, words = demo.draw_clip(np.random.default_rng(seed), fault)
-        assert demo.good_motion(video) == (fault is None), (seed, words)
+        rng = np.random.default_rng(seed)
+        words = demo.draw_words(rng)
+        assert demo.good_motion(demo.draw_clip(rng, words, fault)) == (fault is None), (seed, words)
 
 
 def test_the_truth_agrees_with_the_labels_of_drawn_clips():
-    clips = [demo.clip_of(seed) for seed in range(200)]
-    assert [demo.good_motion(video) for video, _ in clips] == [words["fault"] is None for _, words in clips]
-    count = {fault: sum(words["fault"] == fault for _, words in clips) for fault in (None, *demo.FAULTS)}
+    clips = [demo.single(seed) for seed in range(200)]
+    assert [demo.good_motion(video) for _, _, video, _, _ in clips] == [fault is None for *_, fault in clips]
+    count = {fault: sum(clip[-1] == fault for clip in clips) for fault in (None, *demo.FAULTS)}
     assert 70 < count[None] < 130 and min(count.values()) > 10
-    assert [demo.clip_of(seed, bad_share=0)[1]["fault"] for seed in range(20)] == [None] * 20
+
+
+def test_a_pair_is_one_caption_well_and_badly():
+    for seed in range(20):
+        good, bad = demo.pair(seed)
+        assert good[1] == bad[1] and good[0] != bad[0] and good[3] == bad[3]
+        assert demo.good_motion(good[2]) and not demo.good_motion(bad[2])
 
 
 def test_the_truth_knows_faults_that_are_not_drawn():
-    video, _ = demo.draw_clip(np.random.default_rng(0))
+    video = demo.pair(0)[0][2]
     assert demo.good_motion(video) and demo.good_motion(video[::-1])  # the other way is as good
     ground = np.broadcast_to(np.uint8([24, 24, 32]), video.shape)
     gone = video.copy()
     gone[9] = ground[9]
-    twice, _ = demo.draw_clip(np.random.default_rng(1))
+    twice = demo.pair(1)[0][2]
     two = np.where(np.abs(video.astype(int) - ground).max(-1, keepdims=True) > 20, video, np.roll(twice, 24, axis=2))
     dot = ground.copy()
     for frame in range(17):
@@ -62,7 +69,7 @@ def test_the_truth_knows_faults_that_are_not_drawn():
 
 def test_a_clip_shows_what_its_words_say():
     for seed in range(30):
-        video, words = demo.clip_of(seed, bad_share=0)
+        _, _, video, words, _ = demo.pair(seed)[0]
         assert video.shape == (17, 64, 64, 3) and video.dtype == np.uint8
         shape = np.abs(video.astype(int) - [24, 24, 32]).max(-1) > 20  # (T, H, W)
         (x0, y0), (x1, y1) = (np.argwhere(shape[t]).mean(0)[::-1] for t in (0, 1))
@@ -76,11 +83,11 @@ def test_a_clip_shows_what_its_words_say():
 
 
 def test_a_seed_always_draws_the_same_clip():
-    videos, words = zip(*(demo.clip_of(seed) for seed in range(20)))
-    for seed in range(20):
-        video, again = demo.clip_of(seed)
-        assert np.array_equal(video, videos[seed]) and again == words[seed]
-    assert len({video.tobytes() for video in videos}) == 20
+    clips = [demo.single(seed) for seed in range(20)]
+    for seed, (_, _, video, words, fault) in enumerate(clips):
+        _, _, video_again, *rest = demo.single(seed)
+        assert np.array_equal(video, video_again) and rest == [words, fault]
+    assert len({video.tobytes() for _, _, video, _, _ in clips}) == 20
 
 
 def test_captions():
@@ -90,15 +97,15 @@ def test_captions():
 
 
 def test_clips_on_disk_have_true_labels(tmp_path):
-    demo.make_clips(tmp_path, range(100, 116))
+    clips = [demo.single(seed) for seed in range(100, 116)] + demo.pair(5)
+    demo.make_clips(tmp_path, clips)
     entries = read_list(tmp_path / "clips.json")
     assert list(faults(entries, "motion_quality", demo.FRAMES, demo.FPS)) == []
     labels = [label(entry["labels"], "motion_quality") for entry in entries]
     assert {0, 1} == set(labels) == {entry["labels"]["human_quality"] for entry in entries}
-    for seed, entry, good in zip(range(100, 116), entries, labels):
-        words = demo.clip_of(seed)[1]
-        assert (entry["source_id"], entry["short_caption"], entry["long_caption"]) == (str(seed), *demo.captions(words))
-        assert entry["labels"]["physics_quality"] == (words["fault"] not in ("frozen", "jitter"))
+    for (source_id, pair_id, _, words, fault), entry, good in zip(clips, entries, labels):
+        assert (entry["source_id"], entry["pair_id"], entry["short_caption"], entry["long_caption"]) == (source_id, pair_id, *demo.captions(words))
+        assert entry["labels"]["physics_quality"] == (fault not in ("frozen", "jitter"))
         assert demo.good_motion(read_video(entry["video_path"]).numpy()) == bool(good), words  # after compression too
 
 
@@ -153,19 +160,19 @@ def test_the_committed_model_loads():
     encoder = Encoder(COMMITTED / "model", "cpu")
     assert json.loads((COMMITTED / "model/sampling.json").read_text())["size"] == [demo.SIZE, demo.SIZE]
     assert WanModel.from_pretrained(COMMITTED / "model").config == demo.CONFIG
-    video = torch.from_numpy(np.stack([demo.clip_of(seed)[0] for seed in range(4)])).permute(0, 4, 1, 2, 3) / 127.5 - 1
+    video = torch.from_numpy(np.stack([demo.single(seed)[2] for seed in range(4)])).permute(0, 4, 1, 2, 3) / 127.5 - 1
     vae = WanVAE.from_pretrained(COMMITTED / "model" / VAE_FILE)
     latents = vae.encode(video)
     assert latents.shape == (4, 16, 5, 8, 8) and abs(latents.std() - 1) < 0.2 and abs(latents.mean()) < 0.2
     assert (vae.decode(latents) - video).abs().mean() < 0.05
-    short, long = encoder.text(demo.captions(demo.clip_of(0)[1]))
+    short, long = encoder.text(demo.captions(demo.single(0)[3]))
     assert short.shape[1] == demo.TEXT_DIM and len(short) < len(long)
 
 
 @committed("reward/config.json")
 def test_the_committed_reward_model_loads():
     pavrm = PAVRM.from_pretrained(COMMITTED / "reward")
-    assert pavrm.task == "motion_quality" and pavrm.dit.config.text_dim == demo.TEXT_DIM
+    assert pavrm.tasks == ["motion_quality"] and pavrm.dit.config.text_dim == demo.TEXT_DIM
     assert pavrm(torch.zeros(1, 16, 5, 8, 8), torch.tensor([500.0]), [torch.zeros(3, demo.TEXT_DIM)]).isfinite().all()
 
 
@@ -188,7 +195,9 @@ def test_the_committed_videos_have_no_faults():
 def test_every_script_runs_without_a_flag_on_what_is_committed():
     for script, names in [(train_pavrm, "model train val"), (train_prfl, "model reward data"), (sample, "model")]:
         for name in names.split():
-            assert (COMMITTED.parent / getattr(script.parse_args([]), name)).exists(), (script.__name__, name)
+            value = getattr(script.parse_args([]), name)
+            for path in value if isinstance(value, list) else [value]:
+                assert (COMMITTED.parent / path).exists(), (script.__name__, name)
 
 
 @committed("")

@@ -1,0 +1,166 @@
+"""The paper's comparisons on the tiny world: what PRFL adds to fine-tuning, and what its parts do.
+
+    make paper                      # or: python paper.py; an hour on two cores
+    python paper.py --short         # a smaller form, in ten minutes
+
+Reward models: number of blocks, pools, cross-entropy against Bradley-Terry, number of labels; accuracy by timestep.
+Generators: SFT, reward-weighted regression (RWR), PRFL without SFT and PRFL, all with as many iterations; PRFL with k
+early, middle and late; PRFL with the other reward models. Every one is judged by the same reward model, and by the true
+share of good motion, which no model sees. Runs that are done are kept: start it again to go on.
+"""
+import argparse
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+import parallel
+import plot
+from data import VAE_FILE, Clips, to_uint8
+from demo import PAVRM_FLAGS, PRFL_FLAGS, good_motion, make_data, rewards, sample
+from files import InputError, read_json, write_json
+from reward import PAVRM
+from vae import WanVAE
+
+REWARD_MODELS = {  # name: labels, and flags beside the demo's
+    "PAVRM": (896, ""),
+    "1 block": (896, "--num_blocks 1"), "2 blocks": (896, "--num_blocks 2"), "5 blocks": (896, "--num_blocks 5"),
+    "mean pool": (896, "--pool mean"), "max pool": (896, "--pool max"),
+    "Bradley-Terry": (896, "--loss bt --batch_size 16"),  # 16 pairs are 32 clips
+    "100 labels": (100, ""), "300 labels": (300, ""), "1000 labels": (1000, ""), "3000 labels": (3000, "")}
+METHODS = {
+    "SFT": "--phases sft", "RWR": "--phases rwr", "RWR, poor clips too": "--phases rwr --good none",
+    "PRFL without SFT": "--phases reward", "PRFL": "",
+    "PRFL, k early": "--k early", "PRFL, k middle": "--k middle", "PRFL, k late": "--k late"}
+OTHER_REWARDS = ["1 block", "2 blocks", "5 blocks", "mean pool", "max pool", "Bradley-Terry"]
+
+
+def run_all(jobs):
+    """Run commands, as many at once as there are cores, one thread each; the directory that a command makes says it is done."""
+    def run(job):
+        result, words = job
+        if not result.exists():
+            log = result.parent.with_suffix(".log")
+            log.parent.mkdir(parents=True, exist_ok=True)
+            print("$ python " + " ".join(map(str, words)), flush=True)
+            with open(log, "w") as file:
+                code = subprocess.run([sys.executable, *map(str, words)], stdout=file, stderr=file,
+                                      env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
+            if code:
+                raise InputError(f"a run has failed; its message is in {log}")
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(run, jobs))
+
+
+def slug(name):
+    return name.replace(",", "").replace(" ", "_")
+
+
+def judge(transformer, texts, vae, pavrm):
+    """Mean reward and true share of good motion of one clip a prompt, with the same seeds for every model."""
+    latents = sample(transformer, texts)
+    with torch.no_grad():
+        videos = [to_uint8(video).numpy() for part in latents.split(8) for video in vae.decode(part)]
+    return {"reward": rewards(pavrm, latents, texts).mean().item(), "good motion": sum(map(good_motion, videos)) / len(videos)}
+
+
+def spread(rows):
+    """{measure: (mean, standard deviation or None)} over seeds."""
+    columns = {name: torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in rows[0]}
+    return {name: (column.mean().item(), column.std().item() if len(rows) > 1 else None) for name, column in columns.items()}
+
+
+def lines(title, table):
+    """A table in Markdown of {row: {column: (mean, deviation) or number}}."""
+    def cell(value):
+        mean, deviation = value if isinstance(value, tuple) else (value, None)
+        return "-" if mean is None else f"{mean:.3f}" + (f" ± {deviation:.3f}" if deviation is not None else "")
+
+    columns = list(next(iter(table.values())))
+    return "\n".join([f"| {title} | " + " | ".join(map(str, columns)) + " |", "|---" * (1 + len(columns)) + "|",
+                      *(f"| {name} | " + " | ".join(cell(row[column]) for column in columns) + " |" for name, row in table.items())])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--output", type=Path, help="directory of all runs, tables and plots; None: outputs/paper or outputs/paper_short")
+    parser.add_argument("--short", action="store_true", help="one seed, fewer iterations and variants")
+    args = parser.parse_args()
+    output = args.output or Path("outputs/paper_short" if args.short else "outputs/paper")
+    started, seeds, samples = time.time(), range(1 if args.short else 3), 32 if args.short else 64
+    pavrm_flags, prfl_flags = list(PAVRM_FLAGS), list(PRFL_FLAGS)
+    models, others, methods = dict(REWARD_MODELS), OTHER_REWARDS, dict(METHODS)
+    if args.short:
+        pavrm_flags += ["--steps", "200"]
+        prfl_flags += ["--steps", "40"]
+        models = {name: models[name] for name in ("PAVRM", "1 block", "mean pool", "Bradley-Terry", "100 labels", "300 labels")}
+        methods = {name: methods[name] for name in ("SFT", "RWR", "PRFL without SFT", "PRFL", "PRFL, k early", "PRFL, k late")}
+        others = []
+
+    # The data: 1,500 pairs of clips; an index that is cut short is as many labels.
+    pairs = max(labels for labels, _ in models.values()) // 2
+    if not (output / "val/index.jsonl").exists():
+        make_data(output, pairs, 48 if args.short else 96)
+    index = (output / "train/index.jsonl").read_text().splitlines(keepends=True)
+    for labels, _ in models.values():
+        (output / f"train/index_{labels}.jsonl").write_text("".join(index[:labels]))
+
+    def train_pavrm(name):
+        labels, flags = models[name]
+        run = output / "pavrm" / slug(name)
+        return run / "reward", ["train_pavrm.py", "--train", output / f"train/index_{labels}.jsonl", "--val", output / "val/index.jsonl",
+                                "--output", run, *pavrm_flags, *flags.split()]
+
+    def train_prfl(name, flags, seed, reward="PAVRM"):
+        run = output / "prfl" / f"{slug(name)}_{seed}"
+        return run / "model", ["train_prfl.py", "--data", output / "train/index_896.jsonl", "--val", output / "val/index.jsonl", "--reward",
+                               output / "pavrm" / slug(reward) / "reward", "--output", run, "--seed", seed, *prfl_flags,
+                               "--samples", 16, "--sample_every", 20, *flags.split()]
+
+    jobs = {name: [train_prfl(name, flags, seed) for seed in seeds] for name, flags in methods.items()}
+    jobs |= {f"PRFL, {reward}": [train_prfl(f"PRFL {reward}", "", 0, reward)] for reward in others}
+    run_all([train_pavrm(name) for name in models])
+    run_all([job for some in jobs.values() for job in some])
+
+    # Judge them all alike: other prompts and seeds than the training's, and the truth from pixels.
+    held_out = Clips(output / "val/index.jsonl")
+    texts = [held_out.load(i)["text_long"] for i in range(samples)]
+    vae, pavrm = WanVAE.from_pretrained(f"demo/model/{VAE_FILE}"), PAVRM.from_pretrained(output / "pavrm/PAVRM/reward")
+    results = {"base": [judge("demo/model", texts, vae, pavrm)]}
+    for name, some in jobs.items():
+        results[name] = [judge(model, texts, vae, pavrm) for model, _ in some]
+        print(f"{name}: {results[name]}", flush=True)
+    write_json(output / "results.json", results)
+    generators = {name: spread(rows) for name, rows in results.items()}
+
+    evaluations = {name: read_json(output / "pavrm" / slug(name) / "evaluation.json")["motion_quality"] for name in models}
+    def by_timestep(measure):
+        return {name: {f"t = {t}": row.get(measure) for t, row in rows.items()} for name, rows in evaluations.items()}
+
+    accuracy = {name: row for name, row in by_timestep("accuracy").items() if name != "Bradley-Terry"}
+    texts = [f"{samples} held-out prompts, {len(seeds)} seeds, {prfl_flags[prfl_flags.index('--steps') + 1]} iterations; mean ± standard "
+             f"deviation over seeds", lines("generator", generators), "AUC of the reward models on held-out clips, by timestep",
+             lines("reward model", by_timestep("auc")), "and their accuracy (Bradley-Terry has no threshold; it orders pairs)",
+             lines("reward model", accuracy), lines("pairs in order", {"Bradley-Terry": by_timestep("pair_accuracy")["Bradley-Terry"]}),
+             f"{(time.time() - started) / 60:.0f} minutes"]
+    (output / "tables.md").write_text("\n\n".join(texts) + "\n")
+    print("\n" + "\n\n".join(texts))
+
+    plot.bars({name: row for name, row in generators.items() if name in ("base", *METHODS)}, output / "generators.png",
+              "Held-out reward and true good motion")
+    plot.by_timestep({name: rows for name, rows in evaluations.items() if "labels" not in name}, output / "reward_models.png", "auc",
+                     "Reward models: AUC on held-out clips")
+    plot.by_timestep({name: rows for name, rows in evaluations.items() if "labels" in name or name == "PAVRM"}, output / "labels.png",
+                     "accuracy", "Accuracy against the number of labels")
+    plot.draw(output / "prfl" / "PRFL_0")
+    plot.draw(output / "prfl" / "PRFL_without_SFT_0")
+    print(f"plots: {output}/generators.png, reward_models.png, labels.png, prfl/PRFL_0/dashboard.png, prfl/PRFL_without_SFT_0/dashboard.png")
+
+
+if __name__ == "__main__":
+    parallel.run(main)
