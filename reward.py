@@ -15,6 +15,7 @@ from torch import nn
 from tqdm import tqdm
 
 import parallel
+import plot
 from data import Clips, collate, encode_clips, label, parse_size, read_video, write_video
 from files import InputError, is_main, load_weights, read_json, save_weights, weight_shapes, write_json
 from lora import merged_state
@@ -199,11 +200,17 @@ def score(pavrm, clips, indices, timesteps, device, seed=0, batch_size=1, shift=
     for n, counts in tqdm(parallel.deal(len(indices)), desc="scoring", leave=False, disable=None if is_main() else True):
         clip = clips.load(indices[n])
         x0, condition = collate([clip], pavrm.dit.config, device)
-        noise = parallel.noise(x0.shape, seed, clip["entry"].get("pair_id") or clip["entry"]["source_id"], "evaluation").to(device)
+        noise = fixed_noise(clip, seed).to(device)
         found = process_logits(pavrm, x0, clip["text_short"].to(device), condition, noise, timesteps, None, batch_size, shift)
         logits[n] = found.cpu() if counts else 0
     dist.all_reduce(logits)  # each rank has zeros where others have worked
     return logits
+
+
+def fixed_noise(clip, seed):
+    """The noise (1, C, F, H, W) that a clip is scored with: its own, or that of its pair."""
+    entry = clip["entry"]
+    return parallel.noise((1, *clip["latents"].shape), seed, entry.get("pair_id") or entry["source_id"], "evaluation")
 
 
 def measure(logits, clips, indices, pavrm, timesteps, pairs=None):
@@ -269,7 +276,7 @@ def attention_video(pavrm, clip, video, timesteps, seed, device):
     if not isinstance(pavrm.query_attention, QueryAttention):
         raise InputError("--attention shows where a query looks, and this reward model pools without one")
     x0, condition = collate([clip], pavrm.dit.config, device)
-    noise, schedule = parallel.noise(x0.shape, seed, "video", "evaluation").to(device), TrainingSchedule()
+    noise, schedule = fixed_noise(clip, seed).to(device), TrainingSchedule()
     weights = 0
     for t in timesteps:
         x, time = add_noise(x0, noise, schedule.near(t)), torch.tensor([float(t)], device=device)
@@ -295,6 +302,7 @@ def main(argv=None):
     parser.add_argument("--timesteps", type=int, nargs="+", default=[201, 400, 600, 800], help="noise levels; the reward is their mean")
     parser.add_argument("--task", nargs="+", help="the label, or a weighted sum: motion_quality=0.7 text_alignment=0.3; None: the first")
     parser.add_argument("--attention", action="store_true", help="also write each video with the query's attention as a heat map")
+    parser.add_argument("--plot", action="store_true", help="also draw rewards against timesteps, scores.png (takes matplotlib)")
     parser.add_argument("--batch_size", type=int, default=1, help="noise levels of a clip scored at once")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     parser.add_argument("--output", default="outputs/scores", help="directory for scores.json, the heat maps and the encoded videos")
@@ -337,7 +345,9 @@ def main(argv=None):
                                                       **({"measures": measures} if measures else {})})
         for row in scores:
             print(f"{row['reward']:.3f}  {row['name']}  {row['prompt']!r}")
-        print("\n".join([*table(measures), f"{args.output}/scores.json; its curve: python plot.py {args.output}/scores.json"]))
+        print("\n".join([*table(measures), f"written: {args.output}/scores.json"]))
+        if args.plot:
+            print(f"written: {plot.draw(Path(args.output, 'scores.json'))}")
 
 
 if __name__ == "__main__":
