@@ -131,6 +131,15 @@ class PAVRM(nn.Module):
         return load_weights(pavrm.to_empty(device=device), directory)
 
 
+def check_fit(pavrm, model, reward_directory, model_directory):
+    """Raise InputError unless the reward model judges what the model makes, under the model's own condition."""
+    for name in ("in_dim", "text_dim", "text_len", "use_clip"):
+        ours, theirs = getattr(model.config, name), getattr(pavrm.dit.config, name)
+        if ours != theirs:
+            raise InputError(f"the reward model {reward_directory} has {name} {theirs}, but {model_directory} has {ours}; "
+                             f"train it on a model of this kind with train_pavrm.py")
+
+
 def from_published(transformer, query_attention, mlp):
     """The PAVRM of a published transformer directory (whose config.json may count more blocks than it holds) and the two
     files of its head."""

@@ -1,4 +1,5 @@
-"""Sampling with tiny random models of every kind: the files written, the walk by hand, the condition, what is refused."""
+"""Sampling with tiny random models of every kind: the files written, the walk by hand, the condition, the choice between
+seeds, folders of clips, what is refused."""
 import json
 import subprocess
 import sys
@@ -10,11 +11,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import label
+import parallel
 import sample
 from clip import CLIPVisionModel
-from data import CLIP_FILE, NEGATIVE_PROMPT, T5_FILE, VAE_FILE, Encoder, read_image, read_video, to_uint8
+from data import (CLIP_FILE, NEGATIVE_PROMPT, T5_FILE, VAE_FILE, Encoder, faults, read_image, read_list, read_video, to_uint8,
+                  write_video)
 from files import InputError
 from model import WanModel
+from reward import PAVRM, process_logits
 from solver import UniPC
 
 from test_data import models as encoders  # noqa: F401, a fixture: {model type: directory}, the encoders alone
@@ -54,6 +59,19 @@ def models(encoders, tmp_path_factory):  # noqa: F811
     return {path.name: path for path in root.iterdir() if path.is_dir()}
 
 
+@pytest.fixture(scope="module")
+def rewards(tmp_path_factory):
+    """{kind: directory} of reward models with two labels."""
+    root = tmp_path_factory.mktemp("rewards")
+    for kind, config in [("t2v", {"in_dim": 16}), ("i2v_clip", {"in_dim": 36, "use_clip": True})]:
+        pavrm = PAVRM(WanModel({**DIT, "model_type": kind.removesuffix("_clip"), **config}), 1, ["motion_quality", "text_alignment"])
+        fill_(pavrm.state_dict(), 3)
+        for mlp in pavrm.heads[1::2]:
+            mlp.fc3.weight.data *= 30  # else all rewards are alike
+        pavrm.save_pretrained(root / kind)
+    return {path.name: path for path in root.iterdir()}
+
+
 @pytest.fixture(autouse=True)
 def on_cpu(request, monkeypatch):
     if "cuda" not in request.node.name:
@@ -79,7 +97,8 @@ def seen(monkeypatch):
 
 
 def run(directory, output, *flags):
-    sample.main(["--model", str(directory), "--output", str(output), *map(str, flags)])
+    place = [] if "--folder" in flags else ["--output", str(output)]
+    sample.main(["--model", str(directory), *place, *map(str, flags)])
     return output
 
 
@@ -176,11 +195,14 @@ def test_the_solver_is_chosen(models, tmp_path, seen, solver):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("kind", ["t2v", "flf2v"])
-def test_on_cuda_in_bf16(models, tmp_path, seen, kind):
+def test_on_cuda_in_bf16(models, rewards, tmp_path, seen, kind):
     picture = photograph(tmp_path / "picture.png", 48, 32)
     images = [] if kind == "t2v" else ["--image", picture, "--last_image", picture]
     assert read_video(run(models[kind], tmp_path / "a.mp4", *images), fps=8).shape == (5, 32, 48, 3)
     assert seen.latents[0].is_cuda and seen.latents[0].dtype == torch.float32
+    reward = rewards["t2v" if kind == "t2v" else "i2v_clip"]
+    run(models[kind], tmp_path / "b.mp4", *images, "--best_of", 2, "--drop_at", 1, "--keep", 2, "--reward", reward)
+    assert seen.latents[1].isfinite().all()
 
 
 # ---------------------------------------------------------------------------------------------- the numbers
@@ -256,6 +278,136 @@ def test_first_and_last_frame_to_video(models, tmp_path, seen):
     assert torch.equal(condition["clip_fea"], torch.cat([encoder.image_encoder(image) for image in (first, last)]))
 
 
+# ---------------------------------------------------------------------------------------------- the best of several
+
+def test_the_seed_with_the_best_reward_is_kept(models, rewards, tmp_path, seen, capsys):
+    prompts, noise = ["two balls", "the cat sat"], parallel.noise((1, 16, 2, 4, 6), "best_of")
+    pavrm, expected = PAVRM.from_pretrained(rewards["t2v"]), []
+    for n, text in enumerate(Encoder(models["t2v"], "cpu").text(prompts)):
+        found = {}
+        for seed in range(5 + 3 * n, 8 + 3 * n):
+            run(models["t2v"], tmp_path / "alone.mp4", "--prompt", prompts[n], "--seed", seed)
+            logits = process_logits(pavrm, seen.latents[-1], text, {}, noise, [201, 400, 600, 800])
+            found[seed] = (logits.sigmoid() @ torch.tensor([0.3, 0.7])).mean().item(), seen.latents[-1]
+        expected.append(found)
+    seen.latents.clear(), seen.calls.clear(), capsys.readouterr()
+    run(models["t2v"], tmp_path / "a.mp4", "--prompt", *prompts, "--seed", 5, "--best_of", 3, "--reward", rewards["t2v"],
+        "--task", "text_alignment=0.7", "motion_quality=0.3")
+    lines = []
+    for n, found in enumerate(expected):
+        best = max(found, key=lambda seed: found[seed][0])
+        lines += [f"  seed {seed}: reward {value:.3f} finished{', kept' if seed == best else ''}"
+                  for seed, (value, _) in found.items()]
+        lines += [f"{tmp_path}/a-{n}.mp4: 5 frames of 48x32, seed {best}, {prompts[n]!r}"]
+        assert torch.allclose(seen.latents[n], found[best][1], atol=1e-4)
+    assert capsys.readouterr().out.splitlines() == lines and len(seen.latents) == 2
+    assert len({f"{value:.3f}" for found in expected for value, _ in found.values()}) > 3  # there was something to choose
+
+
+@pytest.mark.parametrize("solver", ["unipc", "dpm++"])
+def test_dropping_saves_evaluations_and_changes_nothing_for_those_kept(models, rewards, tmp_path, seen, monkeypatch, capsys, solver):
+    """A process reward that prefers one seed keeps it, one that shuns it drops it; its latents are as if it had been alone."""
+    flags = ["--steps", 4, "--guidance", 1, "--solver", solver, "--best_of", 4, "--reward", rewards["t2v"]]
+    run(models["t2v"], tmp_path / "a.mp4", *flags)
+    best, = [line for line in capsys.readouterr().out.splitlines() if line.endswith("kept")]
+    x, noisy, forward, sign = seen.latents[0], {}, PAVRM.forward, 1
+    drop_at = sample.SOLVERS[solver](4, 3.0).timesteps[1].item()
+
+    def judge(self, x, t, context, **more):
+        if t.item() != drop_at:
+            return forward(self, x, t, context, **more)
+        assert more["tasks"] == ["motion_quality"] and len(context) == 1
+        noisy[len(noisy)] = x
+        return torch.tensor([[sign * float(f"seed {(len(noisy) - 1) % 4}:" in best)]])
+
+    monkeypatch.setattr(PAVRM, "forward", judge)
+    seen.calls.clear()
+    run(models["t2v"], tmp_path / "a.mp4", *flags, "--drop_at", 1)
+    assert torch.allclose(seen.latents[1], x, atol=1e-4) and len(seen.calls) == 4 * 1 + 2 * 3
+    assert "  2 of 4 seeds dropped: 6 of 16 solver steps saved, 38%" in capsys.readouterr().out.splitlines()
+    start = torch.randn(1, 16, 2, 4, 6, generator=torch.Generator().manual_seed(1))
+    text, = Encoder(models["t2v"], "cpu").text(SAMPLING["prompt"])
+    step = sample.walk(lambda x, t: WanModel.from_pretrained(models["t2v"])(x, t, [text]), start, sample.SOLVERS[solver](4, 3.0), 0, 1)
+    assert torch.allclose(noisy[1], step, atol=1e-4)  # what is judged is what the solver has, without more noise
+
+    sign = -1
+    seen.calls.clear()
+    run(models["t2v"], tmp_path / "a.mp4", *flags, "--drop_at", 1, "--keep", 3)
+    assert not torch.allclose(seen.latents[2], x, atol=0.1) and len(seen.calls) == 4 * 1 + 3 * 3
+    assert best not in capsys.readouterr().out
+
+
+def test_the_reward_model_is_given_the_image(models, rewards, tmp_path, seen, monkeypatch):
+    picture, forward, given = photograph(tmp_path / "picture.png", 48, 32), PAVRM.forward, []
+
+    def judge(self, x, t, context, **condition):
+        given.append((t.item(), context[0], condition))
+        return forward(self, x, t, context, **condition)
+
+    monkeypatch.setattr(PAVRM, "forward", judge)
+    run(models["i2v_clip"], tmp_path / "a.mp4", "--image", picture, "--best_of", 2, "--drop_at", 2, "--keep", 1,
+        "--reward", rewards["i2v_clip"])
+    assert [t for t, *_ in given] == [UniPC(3, 3.0).timesteps[2]] * 2 + [201, 400, 600, 800]
+    for _, text, condition in given:
+        assert torch.equal(text, seen.calls[0].text)
+        assert all(torch.equal(condition[name], seen.calls[0].condition[name]) for name in ("y", "clip_fea"))
+
+
+# ---------------------------------------------------------------------------------------------- folders
+
+def test_a_folder_of_clips_to_label(models, tmp_path, seen, monkeypatch, capsys):
+    """It can be read, labelled and encoded; an interrupted run goes on, and no label is lost on the way."""
+    folder, file = tmp_path / "clips", tmp_path / "prompts.txt"
+    file.write_text("\ufeff\n two balls\r\n\n  \nthe cat sat", encoding="utf-8")
+    flags = [models["t2v"], None, "--prompts", file, "--folder", folder, "--count", 2, "--seed", 5]
+    written = []
+
+    def interrupted(path, video, fps):
+        written.append(path.name)
+        if len(written) == 2:  # somebody labels the first clip while the second one is made
+            with label.Server(folder / "clips.json", "physics_quality", 0) as server:
+                server.set_label(0, 0)
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        write_video(path, video, fps)
+
+    monkeypatch.setattr(sample, "write_video", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(*flags)
+    assert sorted(path.name for path in folder.iterdir()) == ["0-5.mp4", "0-6.mp4", "clips.json"]
+    assert [entry["source_id"] for entry in read_list(folder / "clips.json")] == ["0-5", "0-6"]
+
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (folder / "0-6.mp4").unlink()
+    before = (folder / "0-5.mp4").stat().st_mtime_ns
+    run(*flags)
+    entries = read_list(folder / "clips.json")
+    assert [entry["source_id"] for entry in entries] == ["0-5", "0-6", "1-7", "1-8"] and not list(faults(entries, fps=8))
+    assert [(entry["pair_id"], entry["short_caption"], entry["long_caption"]) for entry in entries[1:3]] == [
+        ("0", "two balls", "two balls"), ("1", "the cat sat", "the cat sat")]
+    assert [entry["labels"]["physics_quality"] for entry in entries] == [0, None, None, None]
+    assert (folder / "0-5.mp4").stat().st_mtime_ns == before
+    run(models["t2v"], tmp_path / "alone.mp4", "--prompt", "the cat sat", "--seed", 8)
+    assert near(read_video(tmp_path / "alone.mp4"), read_video(folder / "1-8.mp4"))
+    with label.Server(folder / "clips.json", port=0) as server:
+        assert len(server.clips()) == 4
+
+    content = (folder / "clips.json").read_bytes()
+    capsys.readouterr()
+    run(*flags)
+    assert capsys.readouterr().out == f"all videos are in {folder} already\n"
+    with pytest.raises(InputError, match="0-5.mp4 was made with other steps and guidance; choose another --folder or --seed"):
+        run(*flags, "--steps", 2, "--guidance", 1)
+    file.write_text("one ball\nthe cat sat")
+    with pytest.raises(InputError, match="0-5.mp4 was made with other prompt"):
+        run(*flags)
+    assert (folder / "clips.json").read_bytes() == content
+    (folder / "clips.json").write_text("{}")
+    with pytest.raises(InputError, match="clips.json is no list of clips"):
+        run(*flags)
+
+
 # ---------------------------------------------------------------------------------------------- refusals
 
 @pytest.mark.parametrize("kind, flags, message", [
@@ -280,11 +432,31 @@ def test_first_and_last_frame_to_video(models, tmp_path, seen):
     ("t2v", ["--fps", "0"], "--fps 0.* above 0"),
     ("t2v", ["--transformer", "nowhere"], "nowhere/config.json does not exist"),
     ("t2v", ["--transformer", "i2v"], "--transformer i2v is a i2v model, but t2v is a t2v one"),
+    ("t2v", ["--prompts", "gone.txt"], "--prompts gone.txt cannot be read .*No such file"),
+    ("t2v", ["--prompts", "blank.txt"], "the prompt is empty; .* --prompts"),
+    ("t2v", ["--best_of", "0"], "--best_of 0 .* above 0"),
+    ("t2v", ["--best_of", "2"], "demo/reward holds no reward model"),
+    ("t2v", ["--best_of", "2", "--reward", "reward_i2v_clip"], "reward_i2v_clip has in_dim 36, but t2v has 16; train it"),
+    ("i2v", ["--best_of", "2", "--reward", "reward_i2v_clip", "--image", "picture.png"], "has use_clip True, but i2v has False"),
+    ("t2v", ["--best_of", "2", "--reward", "reward_t2v", "--task", "beauty"], "--task beauty is no label"),
+    ("t2v", ["--task", "text_alignment"], "--task does nothing without --best_of"),
+    ("t2v", ["--drop_at", "1"], "--drop_at does nothing without --best_of"),
+    ("t2v", ["--best_of", "4", "--keep", "2"], "--keep does nothing without --drop_at"),
+    ("t2v", ["--best_of", "4", "--drop_at", "0"], "--drop_at 0 does not lie within the 3 solver steps; give 1 to 2"),
+    ("t2v", ["--best_of", "4", "--drop_at", "3"], "--drop_at 3 does not lie within the 3 solver steps"),
+    ("t2v", ["--best_of", "4", "--drop_at", "1", "--keep", "5"], "--keep 5 of 4 seeds is impossible; give 1 to 4"),
+    ("t2v", ["--count", "4"], "--count does nothing without --folder"),
+    ("t2v", ["--folder", "f", "--count", "0"], "--count 0 .* above 0"),
+    ("t2v", ["--folder", "f", "--best_of", "4"], "--folder keeps every seed's video and --best_of only one"),
+    ("t2v", ["--folder", "text.png"], "text.png cannot be written to .File exists"),
+    ("t2v", ["--output", "text.png/new/a.mp4"], "text.png/new cannot be written to .Not a directory"),
     ("t2v", ["--output", "bare"], "--output bare is a directory; give a file name, such as bare/sample.mp4"),
 ])
-def test_what_cannot_be_sampled_is_refused_in_one_sentence(models, tmp_path, monkeypatch, kind, flags, message):
+def test_what_cannot_be_sampled_is_refused_in_one_sentence(models, rewards, tmp_path, monkeypatch, kind, flags, message):
     for name, directory in models.items():
         (tmp_path / name).symlink_to(directory)
+    for name, directory in rewards.items():
+        (tmp_path / f"reward_{name}").symlink_to(directory)
     for name, model_type in [("ti2v", "ti2v"), ("other", "vace"), ("bare", "t2v")]:
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps({"model_type": model_type}))
@@ -292,6 +464,7 @@ def test_what_cannot_be_sampled_is_refused_in_one_sentence(models, tmp_path, mon
     photograph(tmp_path / "picture.png", 60, 90)
     photograph(tmp_path / "thin.png", 4, 900)
     (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "blank.txt").write_text("\n  \n")
     monkeypatch.chdir(tmp_path)
     before = set(tmp_path.rglob("*"))
     with pytest.raises(InputError, match=message) as error:

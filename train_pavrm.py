@@ -42,7 +42,7 @@ def parse_args(argv=None):
     parser.add_argument("--train", nargs="+", default=["demo/train/index.jsonl"], metavar="INDEX",
                         help="index of encoded, labelled clips (data.py); for pairs also two lists, better and worse")
     parser.add_argument("--val", nargs="+", default=["demo/val/index.jsonl"], metavar="INDEX", help="the same, of held-out clips")
-    parser.add_argument("--output", default="outputs/pavrm", help="directory of this run: reward/, evaluation.json, checkpoints/, log.jsonl")
+    parser.add_argument("--output", default="outputs/pavrm", help="directory of this run: reward/, evaluation.json, log.jsonl, ...")
     parser.add_argument("--task", nargs="+", default=["motion_quality"], choices=TASKS,
                         help="labels that are learnt, each with a head of its own; clips with none of them are left out")
     parser.add_argument("--loss", default="ce", choices=["ce", "bt"], help="cross-entropy on labels, or Bradley-Terry on pairs: "
@@ -63,7 +63,7 @@ def parse_args(argv=None):
     parser.add_argument("--lr_schedule", default="constant", choices=["constant", "linear", "cosine"], help="after the warm-up")
     parser.add_argument("--warmup", type=int, default=0, help="steps of linear warm-up")
     parser.add_argument("--weight_decay", type=float, default=0.01, help="AdamW's weight decay")
-    parser.add_argument("--max_norm", type=float, default=1.0, help="gradient norm, of blocks and heads together, above which it is clipped")
+    parser.add_argument("--max_norm", type=float, default=1.0, help="gradient norm above which it is clipped, of blocks and heads together")
     parser.add_argument("--ema", type=float, default=0.0, help="decay of the average of the weights that is evaluated and saved; 0: none")
     parser.add_argument("--shift", type=float, default=5.0, help="shift of the noise levels towards noise")
     parser.add_argument("--timesteps", nargs="+", default=["uniform"], help="draws of t: uniform (over the shifted table), logit_normal, "
@@ -153,7 +153,7 @@ def main(argv=None):
         for micro_step in micro_steps:
             share = parallel.share(order[micro_step])  # (place in the batch, item)
             # First the clips, or all better clips, then all worse ones, with the t and the noise of their pair.
-            chosen = [(i, (args.seed, micro_step, place)) for side in range(len(items[0])) for place, n in share for i in [items[n][side]]]
+            chosen = [(items[n][side], (args.seed, micro_step, place)) for side in range(len(items[0])) for place, n in share]
             samples = [clips.load(i) for i, _ in chosen]
             x0, condition = collate(samples, dit.config, device)                                # (B, 16, F, H, W)
             texts = [choose_caption(sample, empty_prompt, args.long_caption, args.drop_prompt, *key)

@@ -36,7 +36,7 @@ from data import TASKS, VAE_FILE, Clips, Order, choose_caption, clip_statistics,
 from files import InputError, is_main, load_weights, open_safetensors, read_json, write_json, write_safetensors
 from lora import add_lora, save_adapter, start_lora, without_adapters
 from model import WanModel
-from reward import PAVRM, parse_tasks, process_logits, reward_loss
+from reward import PAVRM, check_fit, parse_tasks, process_logits, reward_loss
 from solver import SOLVERS, TrainingSchedule, add_noise, flow_matching_target, guided, timestep, walk
 from vae import WanVAE
 
@@ -59,7 +59,8 @@ def parse_args(argv=None):
     parser.add_argument("--warmup", type=int, default=0, help="iterations of linear warm-up")
     parser.add_argument("--weight_decay", type=float, default=0.01, help="AdamW's weight decay")
     parser.add_argument("--max_norm", type=float, default=1.0, help="gradient norm above which it is clipped")
-    parser.add_argument("--lora_rank", type=int, default=0, help="train adapters of this rank beside frozen weights; 0 trains all; published: 128")
+    parser.add_argument("--lora_rank", type=int, default=0, help="train adapters of this rank, weights "
+                        "frozen; 0 trains all; published: 128")
     parser.add_argument("--lora_alpha", type=float, help="weight of the adapters times their rank; None: the rank")
     parser.add_argument("--lora_targets", nargs="+", default=["q", "k", "v", "o"], help="linear layers with adapters")
     parser.add_argument("--ema", type=float, default=0.0, help="decay of an average of the weights, saved beside them, sampled and "
@@ -88,7 +89,8 @@ def parse_args(argv=None):
                         "table), logit_normal, or a list of timesteps")
     parser.add_argument("--long_caption", type=float, default=0.7, help="probability of the long caption, else the short one")
     parser.add_argument("--drop_prompt", type=float, default=0.1, help="probability of the empty prompt instead")
-    parser.add_argument("--samples", type=int, default=2, help="clips of fixed prompts and seeds that are made and measured as training goes on")
+    parser.add_argument("--samples", type=int, default=2, help="clips of fixed prompts and seeds that are made and "
+                        "measured as training goes on")
     parser.add_argument("--sample_every", type=int, default=50, help="iterations between them, the first before training; 0: never")
     parser.add_argument("--guidance", type=float, default=5.0, help="their guidance")
     parser.add_argument("--stop_below", nargs=2, metavar=("MEASURE", "SHARE"), help="stop when the samples' reward has risen and this "
@@ -163,7 +165,11 @@ def main(argv=None):
     records.check_run(args)
     choices = rewardable(args.k, args.rollout_steps)
     if not 1 <= args.rewards_per_rollout <= len(choices):
-        raise InputError(f"--rewards_per_rollout {args.rewards_per_rollout} cannot be met by {len(choices)} steps; give 1 to {len(choices)}")
+        raise InputError(f"--rewards_per_rollout {args.rewards_per_rollout} is not possible with {len(choices)} k; give 1 to {len(choices)}")
+    if args.stop_below and (args.stop_below[0] not in ("motion_energy", "contrast", "saturation") or args.phases == ["sft"]
+                            or not args.stop_below[1].replace(".", "", 1).isdigit() or not args.sample_every):
+        raise InputError(f"--stop_below {' '.join(args.stop_below)} cannot be judged; give motion_energy, contrast or saturation "
+                         f"and a share like 0.5, with a phase that has a reward and with samples")
     clips, val_clips = Clips(args.data), Clips(args.val or args.data)
     clips.check(), val_clips.check()
     empty_prompt, negative_prompt = (clips.prompts[name].to(device) for name in ("empty", "negative"))
@@ -175,12 +181,9 @@ def main(argv=None):
     policy = WanModel.on_meta(args.model)
     collate([clips.load(0)], policy.config, "cpu")
     pavrm = PAVRM.on_meta(args.reward).requires_grad_(False) if args.phases != ["sft"] else None
-    for name in ("in_dim", "text_dim", "text_len", "use_clip") if pavrm else ():
-        ours, theirs = getattr(policy.config, name), getattr(pavrm.dit.config, name)
-        if ours != theirs:
-            raise InputError(f"the reward model {args.reward} has {name} {theirs}, but {args.model} has {ours}; "
-                             f"train it on a model of this kind with train_pavrm.py")
     tasks = parse_tasks(args.task, pavrm) if pavrm else {}
+    if pavrm:
+        check_fit(pavrm, policy, args.reward, args.model)
     vae = WanVAE.from_pretrained(Path(args.model, VAE_FILE), device=device) if args.sample_every else None
 
     # Shard each over all processes (the modules named one by one compute in float32), give each shard its memory, then
@@ -207,7 +210,8 @@ def main(argv=None):
     ema = parallel.EMA(policy, args.ema) if args.ema else None
     first_step = records.load_checkpoint(args.output, policy, optimizer, ema) if args.resume else 0
     log = records.Log(args.output, args, args.steps, first_step, device)
-    log.say(f"training {args.model} on {len(good)} clips, {len(clips) - len(good)} poor ones left out; sample videos go to {args.output}/samples")
+    log.say(f"training {args.model} on {len(good)} clips, {len(clips) - len(good)} poor ones left out; "
+            f"sample videos go to {args.output}/samples")
 
     def micro_batch(micro_step, phase):
         """This process's part of a micro-step: x_0 and noise (B, C, F, H, W), the functions velocity(x, t, negative_prompt),
@@ -334,7 +338,8 @@ def evaluate(policy, pavrm, tasks, vae, clips, step, args, device, log):
 
         latents = walk(guided(velocity, args.guidance), noise, SOLVERS[args.solver](args.rollout_steps, args.shift))
         if pavrm:
-            logits = process_logits(pavrm, latents, text, condition, noise.flip(2), [201, 400, 600, 800], list(tasks), shift=args.shift)
+            fresh = parallel.noise(x0.shape, args.seed, n, "score").to(device)
+            logits = process_logits(pavrm, latents, text, condition, fresh, [201, 400, 600, 800], list(tasks), shift=args.shift)
             measures["reward"] = reward_of(logits, tasks).mean().item()
             measures["saturated"] = float(measures["reward"] > 0.95 * sum(tasks.values()))
         levels = {f"t{t}": (schedule.near(t), torch.tensor([float(t)], device=device)) for t in (250, 500, 750)}
