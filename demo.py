@@ -350,8 +350,9 @@ def build():
     encode(work / "clips", work / "data")
     start = work / "start"
     for leg, (lr, steps) in enumerate(LEGS):
-        command("train_prfl.py", "--model", start, "--data", work / "data/index.jsonl", "--output", work / f"dit{leg}", "--phases", "sft", "--good", "none",
-                "--lr", lr, "--steps", steps, "--batch_size", 32, "--accumulation", 1, "--shift", 3, "--sample_every", 0, "--save_every", 1000)
+        command("train_prfl.py", "--model", start, "--data", work / "data/index.jsonl", "--output", work / f"dit{leg}",
+                "--phases", "sft", "--good", "none", "--lr", lr, "--steps", steps, "--batch_size", 32, "--accumulation", 1,
+                "--shift", 3, "--sample_every", 0, "--save_every", 1000)
         start = work / f"dit{leg}/model"
     WanModel.from_pretrained(start).save_pretrained(work / "dit", dtype=torch.bfloat16)
     shutil.copy(work / "dit/diffusion_pytorch_model.safetensors", directory)
@@ -360,10 +361,12 @@ def build():
     for part in ("clips", "train", "val"):
         remove(Path("demo", part))
     make_clips(Path("demo/clips"), map(single, range(8)))
-    for part, seeds in [("train", range(24)), ("val", range(24, 32))]:
+    for part, seeds in [("train", range(24)), ("val", range(10_000, 10_008))]:
         make_clips(work / part, [clip for seed in seeds for clip in pair(seed)])
         encode(work / part, Path("demo", part))
-    command("train_pavrm.py", "--train", work / "data/index.jsonl", "--output", work / "pavrm", *PAVRM_FLAGS)
+    make_data(work / "pairs", 1500, 96)
+    command("train_pavrm.py", "--train", work / "pairs/train/index.jsonl", "--val", work / "pairs/val/index.jsonl",
+            "--output", work / "pavrm", *PAVRM_FLAGS, "--steps", 1200, "--save_every", 1200)
     PAVRM.from_pretrained(work / "pavrm/reward").save_pretrained("demo/reward", dtype=torch.bfloat16)
 
 

@@ -26,17 +26,16 @@ from files import InputError, read_json, write_json
 from reward import PAVRM
 from vae import WanVAE
 
-REWARD_MODELS = {  # name: labels, and flags beside the demo's
-    "PAVRM": (896, ""),
-    "1 block": (896, "--num_blocks 1"), "2 blocks": (896, "--num_blocks 2"), "5 blocks": (896, "--num_blocks 5"),
-    "mean pool": (896, "--pool mean"), "max pool": (896, "--pool max"),
-    "Bradley-Terry": (896, "--loss bt --batch_size 16"),  # 16 pairs are 32 clips
-    "100 labels": (100, ""), "300 labels": (300, ""), "1000 labels": (1000, ""), "3000 labels": (3000, "")}
+REWARD_MODELS = {  # name: labels (None: all), and flags beside the demo's; PAVRM has 3 of 6 blocks, one query, cross-entropy
+    "PAVRM": (None, ""), "1 block": (None, "--num_blocks 1"), "5 blocks": (None, "--num_blocks 5"),
+    "mean pool": (None, "--pool mean"), "max pool": (None, "--pool max"),
+    "Bradley-Terry": (None, "--loss bt --batch_size 16"),  # 16 pairs are 32 clips
+    "100 labels": (100, ""), "300 labels": (300, ""), "1000 labels": (1000, "")}
 METHODS = {
     "SFT": "--phases sft", "RWR": "--phases rwr", "RWR, poor clips too": "--phases rwr --good none",
     "PRFL without SFT": "--phases reward", "PRFL": "",
     "PRFL, k early": "--k early", "PRFL, k middle": "--k middle", "PRFL, k late": "--k late"}
-OTHER_REWARDS = ["1 block", "2 blocks", "5 blocks", "mean pool", "max pool", "Bradley-Terry"]
+OTHER_REWARDS = ["1 block", "5 blocks", "mean pool", "max pool", "Bradley-Terry"]
 
 
 def run_all(jobs):
@@ -46,6 +45,8 @@ def run_all(jobs):
         if not result.exists():
             log = result.parent.with_suffix(".log")
             log.parent.mkdir(parents=True, exist_ok=True)
+            if list(result.parent.glob("checkpoints/step_*")):  # it was cut short after its training
+                words.append("--resume")
             print("$ python " + " ".join(map(str, words)), flush=True)
             with open(log, "w") as file:
                 code = subprocess.run([sys.executable, *map(str, words)], stdout=file, stderr=file,
@@ -93,33 +94,31 @@ def main():
     args = parser.parse_args()
     output = args.output or Path("outputs/paper_short" if args.short else "outputs/paper")
     started, seeds, samples = time.time(), range(1 if args.short else 3), 32 if args.short else 64
-    pavrm_flags, prfl_flags = list(PAVRM_FLAGS), list(PRFL_FLAGS)
+    pairs, pavrm_flags, prfl_flags = 1500, [*PAVRM_FLAGS, "--steps", "1200", "--save_every", "1200"], list(PRFL_FLAGS)
     models, others, methods = dict(REWARD_MODELS), OTHER_REWARDS, dict(METHODS)
     if args.short:
-        pavrm_flags += ["--steps", "200"]
-        prfl_flags += ["--steps", "40"]
+        pairs, pavrm_flags, prfl_flags = 448, [*pavrm_flags, "--steps", "300"], [*prfl_flags, "--steps", "40"]
         models = {name: models[name] for name in ("PAVRM", "1 block", "mean pool", "Bradley-Terry", "100 labels", "300 labels")}
         methods = {name: methods[name] for name in ("SFT", "RWR", "PRFL without SFT", "PRFL", "PRFL, k early", "PRFL, k late")}
         others = []
 
-    # The data: 1,500 pairs of clips; an index that is cut short is as many labels.
-    pairs = max(labels for labels, _ in models.values()) // 2
+    # The data: pairs of clips; an index that is cut short is as many labels.
     if not (output / "val/index.jsonl").exists():
         make_data(output, pairs, 48 if args.short else 96)
     index = (output / "train/index.jsonl").read_text().splitlines(keepends=True)
-    for labels, _ in models.values():
-        (output / f"train/index_{labels}.jsonl").write_text("".join(index[:labels]))
+    for labels in filter(None, (labels for labels, _ in models.values())):
+        (output / f"train/{labels}.jsonl").write_text("".join(index[:labels]))
 
     def train_pavrm(name):
         labels, flags = models[name]
         run = output / "pavrm" / slug(name)
-        return run / "reward", ["train_pavrm.py", "--train", output / f"train/index_{labels}.jsonl", "--val", output / "val/index.jsonl",
-                                "--output", run, *pavrm_flags, *flags.split()]
+        return run / "reward", ["train_pavrm.py", "--train", output / f"train/{labels or 'index'}.jsonl",
+                                "--val", output / "val/index.jsonl", "--output", run, *pavrm_flags, *flags.split()]
 
     def train_prfl(name, flags, seed, reward="PAVRM"):
         run = output / "prfl" / f"{slug(name)}_{seed}"
-        return run / "model", ["train_prfl.py", "--data", output / "train/index_896.jsonl", "--val", output / "val/index.jsonl", "--reward",
-                               output / "pavrm" / slug(reward) / "reward", "--output", run, "--seed", seed, *prfl_flags,
+        return run / "model", ["train_prfl.py", "--data", output / "train/index.jsonl", "--val", output / "val/index.jsonl",
+                               "--reward", output / "pavrm" / slug(reward) / "reward", "--output", run, "--seed", seed, *prfl_flags,
                                "--samples", 16, "--sample_every", 20, *flags.split()]
 
     jobs = {name: [train_prfl(name, flags, seed) for seed in seeds] for name, flags in methods.items()}
@@ -143,7 +142,7 @@ def main():
         return {name: {f"t = {t}": row.get(measure) for t, row in rows.items()} for name, rows in evaluations.items()}
 
     accuracy = {name: row for name, row in by_timestep("accuracy").items() if name != "Bradley-Terry"}
-    texts = [f"{samples} held-out prompts, {len(seeds)} seeds, {prfl_flags[prfl_flags.index('--steps') + 1]} iterations; mean ± standard "
+    texts = [f"{samples} held-out prompts, {len(seeds)} seeds, {40 if args.short else 100} iterations; mean ± standard "
              f"deviation over seeds", lines("generator", generators), "AUC of the reward models on held-out clips, by timestep",
              lines("reward model", by_timestep("auc")), "and their accuracy (Bradley-Terry has no threshold; it orders pairs)",
              lines("reward model", accuracy), lines("pairs in order", {"Bradley-Terry": by_timestep("pair_accuracy")["Bradley-Terry"]}),
@@ -155,11 +154,12 @@ def main():
               "Held-out reward and true good motion")
     plot.by_timestep({name: rows for name, rows in evaluations.items() if "labels" not in name}, output / "reward_models.png", "auc",
                      "Reward models: AUC on held-out clips")
-    plot.by_timestep({name: rows for name, rows in evaluations.items() if "labels" in name or name == "PAVRM"}, output / "labels.png",
-                     "accuracy", "Accuracy against the number of labels")
+    by_labels = {name: rows for name, rows in evaluations.items() if "labels" in name}
+    plot.by_timestep({**by_labels, f"{2 * pairs} labels": evaluations["PAVRM"]}, output / "labels.png", "accuracy",
+                     "Accuracy by the number of labels")
     plot.draw(output / "prfl" / "PRFL_0")
     plot.draw(output / "prfl" / "PRFL_without_SFT_0")
-    print(f"plots: {output}/generators.png, reward_models.png, labels.png, prfl/PRFL_0/dashboard.png, prfl/PRFL_without_SFT_0/dashboard.png")
+    print(f"plots: {output}/*.png, and the dashboard.png of {output}/prfl/PRFL_0 and PRFL_without_SFT_0")
 
 
 if __name__ == "__main__":
