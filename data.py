@@ -660,6 +660,10 @@ def collate(samples, config, device):
     if config.model_type in I2V:
         names |= {"y": "condition"} | ({"clip_fea": "clip"} if config.use_clip else {})
     batch = {}
+    for sample in samples:
+        if sample["text_short"].shape[1] != config.text_dim:
+            raise InputError(f"clip {sample['entry']['source_id']} has text states of width {sample['text_short'].shape[1]}, but the model "
+                             f"takes {config.text_dim}; encode it with data.py --model of that kind")
     for argument, name in names.items():
         for sample in samples:
             if sample[name] is None:

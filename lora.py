@@ -62,9 +62,11 @@ def without_adapters(module):
     """The model as it was before: `with without_adapters(policy): ...`"""
     for layer in adapters(module).values():
         layer.adapter_on = False
-    yield
-    for layer in adapters(module).values():
-        layer.adapter_on = True
+    try:
+        yield
+    finally:
+        for layer in adapters(module).values():
+            layer.adapter_on = True
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@
 
 Reward models: number of blocks, pools, cross-entropy against Bradley-Terry, number of labels; accuracy by timestep.
 Generators: SFT, reward-weighted regression (RWR), PRFL without SFT and PRFL, all with as many iterations; PRFL with k
-early, middle and late; PRFL with the other reward models. Every one is judged by the same reward model, and by the true
+early, middle and late; PRFL with the other reward models. All are judged by the same reward model, and by the true
 share of good motion, which no model sees. Runs that are done are kept: start it again to go on.
 """
 import argparse
@@ -33,8 +33,8 @@ REWARD_MODELS = {  # name: labels (None: all), and flags beside the demo's; PAVR
     "100 labels": (100, ""), "300 labels": (300, ""), "1000 labels": (1000, "")}
 METHODS = {
     "SFT": "--phases sft", "RWR": "--phases rwr", "RWR, poor clips too": "--phases rwr --good none",
-    "PRFL without SFT": "--phases reward", "PRFL": "",
-    "PRFL, k early": "--k early", "PRFL, k middle": "--k middle", "PRFL, k late": "--k late"}
+    "PRFL without SFT": "--phases reward", "PRFL": ""}
+ABLATIONS = {"PRFL, k early": "--k early", "PRFL, k middle": "--k middle", "PRFL, k late": "--k late"}
 OTHER_REWARDS = ["1 block", "5 blocks", "mean pool", "max pool", "Bradley-Terry"]
 
 
@@ -99,7 +99,7 @@ def main():
     if args.short:
         pairs, pavrm_flags, prfl_flags = 448, [*pavrm_flags, "--steps", "300"], [*prfl_flags, "--steps", "40"]
         models = {name: models[name] for name in ("PAVRM", "1 block", "mean pool", "Bradley-Terry", "100 labels", "300 labels")}
-        methods = {name: methods[name] for name in ("SFT", "RWR", "PRFL without SFT", "PRFL", "PRFL, k early", "PRFL, k late")}
+        methods.pop("RWR, poor clips too")
         others = []
 
     # The data: pairs of clips; an index that is cut short is as many labels.
@@ -122,6 +122,7 @@ def main():
                                "--samples", 16, "--sample_every", 20, *flags.split()]
 
     jobs = {name: [train_prfl(name, flags, seed) for seed in seeds] for name, flags in methods.items()}
+    jobs |= {name: [train_prfl(name, flags, 0)] for name, flags in ABLATIONS.items()}
     jobs |= {f"PRFL, {reward}": [train_prfl(f"PRFL {reward}", "", 0, reward)] for reward in others}
     run_all([train_pavrm(name) for name in models])
     run_all([job for some in jobs.values() for job in some])
@@ -142,8 +143,8 @@ def main():
         return {name: {f"t = {t}": row.get(measure) for t, row in rows.items()} for name, rows in evaluations.items()}
 
     accuracy = {name: row for name, row in by_timestep("accuracy").items() if name != "Bradley-Terry"}
-    texts = [f"{samples} held-out prompts, {len(seeds)} seeds, {40 if args.short else 100} iterations; mean ± standard "
-             f"deviation over seeds", lines("generator", generators), "AUC of the reward models on held-out clips, by timestep",
+    texts = [f"{samples} held-out prompts, {len(seeds)} seeds (ablations: one), {40 if args.short else 100} iterations; mean ± "
+             f"standard deviation over seeds", lines("generator", generators), "AUC of the reward models on held-out clips, by timestep",
              lines("reward model", by_timestep("auc")), "and their accuracy (Bradley-Terry has no threshold; it orders pairs)",
              lines("reward model", accuracy), lines("pairs in order", {"Bradley-Terry": by_timestep("pair_accuracy")["Bradley-Terry"]}),
              f"{(time.time() - started) / 60:.0f} minutes"]

@@ -139,7 +139,7 @@ class EMA:
     """The exponential moving average of a model's trained parameters: average = decay * average + (1 - decay) * parameter."""
 
     def __init__(self, model, decay):
-        self.decay = decay
+        self.model, self.decay = model, decay
         self.parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.average = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}  # float32 shards
 
@@ -152,11 +152,14 @@ class EMA:
     def swapped(self):
         """`with ema.swapped():` the model has the averaged parameters."""
         self._swap()
-        yield
-        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
 
     @torch.no_grad()
     def _swap(self):
+        self.model.reshard()  # FSDP2 may still hold gathered parameters of the last forward, and would go on with those
         for name, parameter in self.parameters.items():
             own = parameter.clone()
             parameter.copy_(self.average[name])

@@ -28,7 +28,13 @@ KEPT_CHECKPOINTS = 2
 # ---------------------------------------------------------------------------------------------- checkpoints
 
 def check_run(args):
-    """Refuse what would lose a run's checkpoints, or resume it as another run, or cannot be shared by the processes."""
+    """Refuse numbers that make no run, what would lose a run's checkpoints or resume it as another run, and batches that the
+    processes cannot share."""
+    for name, smallest in [("steps", 1), ("batch_size", 1), ("accumulation", 1), ("num_queries", 1), ("gradient_steps", 1),
+                           ("num_blocks", 1), ("lora_rank", 0), ("ema", 0), ("warmup", 0), ("shift", 1e-3), ("sft_ratio", 1e-3)]:
+        value = getattr(args, name, None)
+        if value is not None and (value < smallest or name == "ema" and value >= 1):
+            raise InputError(f"--{name} {value} is not possible; give {'0 or more, below 1' if name == 'ema' else f'{smallest} or more'}")
     share(range(args.batch_size))
     found = checkpoints(args.output)
     if found and not args.resume:

@@ -6,6 +6,8 @@
 The first blocks of a Wan transformer turn x_t, t and the condition into tokens; one learned query attends to all
 tokens; a small MLP turns what it found into a logit. reward = sigmoid(logit). Nothing is decoded to pixels.
 """
+import argparse
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -282,8 +284,6 @@ def parse_tasks(words, pavrm):
 @torch.no_grad()
 def attention_video(pavrm, clip, video, timesteps, seed, device):
     """The frames (T, H, W, 3) with the first head's attention over them as a heat map, the mean over timesteps."""
-    if not isinstance(pavrm.query_attention, QueryAttention):
-        raise InputError("--attention shows where a query looks, and this reward model pools without one")
     x0, condition = collate([clip], pavrm.dit.config, device)
     noise, schedule = fixed_noise(clip, seed).to(device), TrainingSchedule()
     weights = 0
@@ -299,7 +299,8 @@ def attention_video(pavrm, clip, video, timesteps, seed, device):
 
 
 def main(argv=None):
-    parser = parallel.Parser("Score videos or encoded clips with a reward model, at several noise levels.")
+    parser = argparse.ArgumentParser(description="Score videos or encoded clips with a reward model, at several noise levels.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--reward", default="demo/reward", help="the reward model, written by train_pavrm.py")
     parser.add_argument("--video", nargs="+", help="videos to score")
     parser.add_argument("--prompt", nargs="+", help="their prompts: one for all, or one each")
@@ -318,6 +319,8 @@ def main(argv=None):
     parser.add_argument("--convert", nargs=3, metavar=("TRANSFORMER", "QUERY_ATTENTION", "MLP"),
                         help="instead: make the directory --reward from a published transformer directory and its two head files")
     args = parser.parse_args(argv)
+    if args.convert and args.reward == parser.get_default("reward"):
+        raise InputError("--convert would replace the tiny world's reward model; say with --reward where to write")
     if args.convert:
         from_published(*args.convert).save_pretrained(args.reward)
         print(f"the reward model is in {args.reward}")
@@ -329,13 +332,20 @@ def main(argv=None):
         prompts = args.prompt * len(args.video) if args.prompt and len(args.prompt) == 1 else args.prompt or []
         if len(prompts) != len(args.video):
             raise InputError(f"{len(args.video)} videos have {len(prompts)} prompts; give one --prompt for all, or one each")
-        entries = [{"line": n, "source_id": Path(path).stem, "video_path": path, "short_caption": prompt, "long_caption": prompt,
-                    "labels": {}, "pair_id": "video"} for n, (path, prompt) in enumerate(zip(args.video, prompts), 1)]
+        stems = Counter(Path(path).stem for path in args.video)
+        entries = [{"line": n, "source_id": Path(path).stem + (f"-{n}" if stems[Path(path).stem] > 1 else ""), "video_path": path,
+                    "short_caption": prompt, "long_caption": prompt, "labels": {}, "pair_id": "video"}
+                   for n, (path, prompt) in enumerate(zip(args.video, prompts), 1)]
         args.data = encode_clips(entries, args.model, Path(args.output, "encoded"), args.size, args.frames, args.fps)
         dist.barrier()  # rank 0 writes the index
     clips, pavrm = Clips(args.data), PAVRM.from_pretrained(args.reward, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
     clips.check()
     tasks, indices = parse_tasks(args.task, pavrm), list(range(len(clips)))
+    if args.attention:
+        missing = [entry["source_id"] for entry in clips.entries if not Path(entry.get("video_path") or "?").is_file()]
+        if missing or not isinstance(pavrm.query_attention, QueryAttention):
+            raise InputError(f"--attention needs each clip's video, and {missing[0]} has none here; leave it out" if missing else
+                             "--attention shows where a query looks, and this reward model pools without one; leave it out")
     logits = score(pavrm, clips, indices, args.timesteps, device, args.seed, args.batch_size)             # (N, T, labels)
     measures = measure(logits, clips, indices, pavrm, args.timesteps)
     weights = torch.tensor([tasks.get(task, 0.0) for task in pavrm.tasks])
@@ -343,12 +353,6 @@ def main(argv=None):
     scores = [{"name": entry["source_id"], "prompt": entry["short_caption"], "reward": reward.item(),
                "rewards": {task: row[:, i].sigmoid().tolist() for i, task in enumerate(pavrm.tasks)}}
               for entry, reward, row in zip(clips.entries, rewards, logits)]
-    for n, counts in parallel.deal(len(clips)) if args.attention else ():
-        entry = clips.entries[n]
-        video = read_video(entry["video_path"], entry["fps"], entry["frames"], [8 * side for side in entry["shape"][:1:-1]])
-        heat = attention_video(pavrm, clips.load(n), video, args.timesteps, args.seed, device)
-        if counts:
-            write_video(Path(args.output, f"attention_{entry['source_id']}.mp4"), heat, entry["fps"])
     if is_main():
         write_json(Path(args.output, "scores.json"), {"reward_model": args.reward, "timesteps": args.timesteps, "scores": scores,
                                                       **({"measures": measures} if measures else {})})
@@ -357,6 +361,12 @@ def main(argv=None):
         print("\n".join([*table(measures), f"written: {args.output}/scores.json"]))
         if args.plot:
             print(f"written: {plot.draw(Path(args.output, 'scores.json'))}")
+    for n, counts in parallel.deal(len(clips)) if args.attention else ():
+        entry = clips.entries[n]
+        video = read_video(entry["video_path"], entry["fps"], entry["frames"], [8 * side for side in entry["shape"][:1:-1]])
+        heat = attention_video(pavrm, clips.load(n), video, args.timesteps, args.seed, device)
+        if counts:
+            write_video(Path(args.output, f"attention_{entry['source_id']}.mp4"), heat, entry["fps"])
 
 
 if __name__ == "__main__":

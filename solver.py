@@ -35,8 +35,10 @@ class TrainingSchedule:
         if self.draws not in (["uniform"], ["logit_normal"]):
             try:
                 self.draws = [float(t) for t in draws]
+                if not all(0 <= t <= 1000 for t in self.draws):
+                    raise ValueError
             except ValueError:
-                raise InputError(f"timesteps are drawn {' '.join(draws)}; give uniform, logit_normal, or timesteps") from None
+                raise InputError(f"timesteps are drawn {' '.join(draws)}; give uniform, logit_normal, or timesteps from 0 to 1000") from None
         self.sigmas = shifted(torch.linspace(1, 0, 1001), shift)
         self.timesteps = (1000 * self.sigmas[:-1]).long()
 

@@ -2,6 +2,7 @@
 import pytest
 import torch
 
+from files import InputError
 from solver import SOLVERS, DPMSolverPP, Euler, TrainingSchedule, UniPC, add_noise, flow_matching_target, guided, walk
 from test_vae import golden
 from testdata.golden import agree, draw
@@ -36,6 +37,46 @@ def test_training_schedule():
     for timestep, sigma in [(201, 0.20134), (400, 0.40082), (600, 0.60031), (800, 0.80036), (1000, 1.0)]:
         assert abs(schedule.near(timestep) - sigma) < 1e-5
     assert schedule.draw(0.0) == (1.0, 1000) and schedule.draw(0.9999)[0] > 0
+
+
+def draws(schedule, n=4000):
+    """(sigma, timestep) for u evenly over [0, 1)."""
+    return [schedule.draw((i + 0.5) / n) for i in range(n)]
+
+
+def test_timesteps_are_drawn_uniformly_over_the_table():
+    schedule = TrainingSchedule(5.0)
+    assert sorted(t for _, t in draws(schedule)) == sorted(4 * schedule.timesteps.tolist())
+    assert all(abs(1000 * sigma - t) < 1.001 for sigma, t in draws(schedule))
+    flat = [sigma for sigma, _ in draws(TrainingSchedule(1.0))]  # without a shift, uniform
+    assert sum(flat) / 4000 == pytest.approx(0.5, abs=0.002)
+    assert sum(sigma < 0.25 for sigma in flat) / 4000 == pytest.approx(0.25, abs=0.002)
+    assert sum(t for _, t in draws(schedule)) / 4000 > 700  # and with one, towards noise
+
+
+def test_timesteps_are_drawn_by_a_logit_normal():
+    """The place in the table is the sigmoid of a standard normal: its median is the middle, and one deviation is sigmoid(1)."""
+    schedule, plain = TrainingSchedule(5.0, ["logit_normal"]), TrainingSchedule(1.0, ["logit_normal"])
+    levels = sorted(sigma for sigma, _ in draws(plain))
+    assert levels[2000] == pytest.approx(0.5, abs=0.002) and sum(levels) / 4000 == pytest.approx(0.5, abs=0.002)
+    for deviations, below in [(-2, 0.02275), (-1, 0.15866), (1, 0.84134), (2, 0.97725)]:
+        assert sum(sigma < 1 / (1 + 2.718281828 ** -deviations) for sigma in levels) / 4000 == pytest.approx(below, abs=0.003)
+    assert sorted(sigma for sigma, _ in draws(schedule))[2000] == pytest.approx(5 * 0.5 / (1 + 4 * 0.5), abs=0.002)  # then shifted
+    assert schedule.draw(0.0)[0] == pytest.approx(1, abs=1e-3) and schedule.draw(1 - 1e-16)[0] > 0
+
+
+def test_timesteps_are_drawn_from_a_list():
+    """Each equally often, with the table's sigma."""
+    schedule = TrainingSchedule(5.0, ["201", "600", "1000"])
+    found = draws(schedule, 3000)
+    assert [[t for _, t in found].count(t) for t in (201, 600, 1000)] == [1000] * 3
+    assert set(found) == {(schedule.near(t), t) for t in (201, 600, 1000)} and abs(schedule.near(600) - 0.60031) < 1e-5
+
+
+@pytest.mark.parametrize("words", [["often"], ["uniform", "500"], ["uniform", "logit_normal"]])
+def test_draws_that_mean_nothing(words):
+    with pytest.raises(InputError, match=f"timesteps are drawn {' '.join(words)}; give uniform, logit_normal, or timesteps"):
+        TrainingSchedule(5.0, words)
 
 
 def test_euler_by_hand():

@@ -1,7 +1,7 @@
 """Stage 1: train PAVRM, the process-aware video reward model (arXiv 2511.21541, section 3.2).
 
     python train_pavrm.py                                  # the tiny world, alone
-    torchrun --nproc_per_node=8 train_pavrm.py @recipes/pavrm_t2v_14B_480P.args --model Wan2.1-T2V-14B --train ... --val ...
+    torchrun --nproc_per_node=8 train_pavrm.py @recipes/pavrm_t2v_14B_480P.args --batch_size 8 --train ... --val ...
 
 One step, for a clip x_0 with a human label y in {0, 1}:
 
@@ -112,12 +112,14 @@ def main(argv=None):
     labels = [[label(entry["labels"], task) for task in args.task] for entry in clips.entries]
     truth = torch.tensor([[math.nan if value is None else value for value in row] for row in labels])  # (clips, labels)
     annotated = truth.isfinite()
-    empty_prompt = clips.prompts["empty"].to(device) if args.drop_prompt or args.long_caption else torch.empty(0, device=device)
+    empty_prompt = clips.prompts["empty"].to(device) if args.drop_prompt else torch.empty(0, device=device)
 
     # The model: the transformer's first blocks, streamed from its checkpoint, and new heads, the same on all ranks.
     dit = WanModel.on_meta(args.model)
     layers = dit.config.num_layers
     num_blocks = args.num_blocks or min(8, layers // 2)
+    if not set(args.train_blocks or []) <= set(range(num_blocks)):
+        raise InputError(f"--train_blocks {' '.join(map(str, args.train_blocks))}: blocks 0 to {num_blocks - 1} are kept; choose from them")
     collate([clips.load(items[0][0])], dit.config, "cpu")  # to see that data and model fit
     torch.manual_seed(args.seed)
     pavrm = PAVRM(dit, num_blocks, args.task, args.pool, args.num_queries)

@@ -1,7 +1,7 @@
 """Stage 2: PRFL, process reward feedback learning (arXiv 2511.21541, section 3.3): train the generator against PAVRM.
 
     python train_prfl.py                                   # the tiny world, alone
-    torchrun --nproc_per_node=8 train_prfl.py @recipes/prfl_t2v_14B_480P.args --model Wan2.1-T2V-14B --reward ... --data ...
+    torchrun --nproc_per_node=8 train_prfl.py @recipes/prfl_t2v_14B_480P.args --batch_size 8 --reward ... --data ...
 
 One iteration has two phases, each with an update of its own:
 
@@ -144,12 +144,14 @@ def rewarded_steps(velocity, pavrm, solver, x, ks, gradient_steps=1, judge="next
 
 def rewardable(words, steps):
     """The steps k that --k names, of a solver of K steps: the last step is never one, since nothing comes after it."""
+    if steps < 2:
+        raise InputError(f"--rollout_steps {steps} leaves no step to reward; give at least 2")
     third = (steps - 1) / 3
     thirds = {"all": (0, 3), "early": (0, 1), "middle": (1, 2), "late": (2, 3)}
     if len(words) == 1 and words[0] in thirds:
         ks = list(range(*(round(third * part) for part in thirds[words[0]])))
     elif all(word.isdigit() for word in words):
-        ks = [int(word) for word in words]
+        ks = sorted({int(word) for word in words})
     else:
         raise InputError(f"--k {' '.join(words)} names no steps; give all, early, middle, late, or numbers")
     if not ks or max(ks) > steps - 2:
@@ -163,11 +165,14 @@ def main(argv=None):
     args = parse_args(argv)
     device = parallel.start()
     records.check_run(args)
+    sampling = args.sample_every if args.samples else 0
+    if len(set(args.phases)) < len(args.phases):
+        raise InputError(f"--phases {' '.join(args.phases)} names one twice; give each once")
     choices = rewardable(args.k, args.rollout_steps)
     if not 1 <= args.rewards_per_rollout <= len(choices):
         raise InputError(f"--rewards_per_rollout {args.rewards_per_rollout} is not possible with {len(choices)} k; give 1 to {len(choices)}")
     if args.stop_below and (args.stop_below[0] not in ("motion_energy", "contrast", "saturation") or args.phases == ["sft"]
-                            or not args.stop_below[1].replace(".", "", 1).isdigit() or not args.sample_every):
+                            or not args.stop_below[1].replace(".", "", 1).isdigit() or not sampling):
         raise InputError(f"--stop_below {' '.join(args.stop_below)} cannot be judged; give motion_energy, contrast or saturation "
                          f"and a share like 0.5, with a phase that has a reward and with samples")
     clips, val_clips = Clips(args.data), Clips(args.val or args.data)
@@ -184,7 +189,7 @@ def main(argv=None):
     tasks = parse_tasks(args.task, pavrm) if pavrm else {}
     if pavrm:
         check_fit(pavrm, policy, args.reward, args.model)
-    vae = WanVAE.from_pretrained(Path(args.model, VAE_FILE), device=device) if args.sample_every else None
+    vae = WanVAE.from_pretrained(Path(args.model, VAE_FILE), device=device) if sampling else None
 
     # Shard each over all processes (the modules named one by one compute in float32), give each shard its memory, then
     # read the weights into it.
@@ -233,7 +238,6 @@ def main(argv=None):
 
         return x0, noise, velocity, start, lambda x, t: pavrm(x, t, texts, **condition, tasks=list(tasks)), keys
 
-    sampling = args.sample_every if args.samples else 0
     if sampling and first_step == 0:
         evaluate(policy, pavrm, tasks, vae, val_clips, 0, args, device, log)
     for step in range(first_step, args.steps):
@@ -251,7 +255,8 @@ def main(argv=None):
                 weight = 1.0
                 if phase == "rwr":
                     with torch.no_grad():
-                        weight = ((reward_of(judge(add_noise(x0, noise, sigma), t), tasks) - 1) / args.rwr_temperature).exp()  # (B,)
+                        reward = reward_of(judge(add_noise(x0, noise, sigma), t), tasks)
+                        weight = ((reward - sum(tasks.values())) / args.rwr_temperature).exp()                      # (B,), up to 1
                 loss = sft_loss(velocity, x0, noise, sigma, t, weight)
                 (loss / count).backward()
                 losses.append(loss.detach())
