@@ -17,7 +17,7 @@ from data import parse_size, read_video, to_tensor
 from model import WanConfig, WanModel
 from reward import PAVRM, reward_loss
 from solver import UniPC
-from train_prfl import rewarded_step, sft_loss
+from train_prfl import rewarded_steps, sft_loss
 from vae import WanVAE
 
 SIZES = {"tiny": dict(dim=112, ffn_dim=320, num_heads=4, num_layers=6, freq_dim=64, text_len=32, text_dim=64),
@@ -95,9 +95,10 @@ def main(argv=None):
         pavrm.dit.checkpoint_blocks = True
 
         def prfl_step():
-            sft_loss(model, x, torch.randn_like(x), torch.tensor([0.5], device=device), t, texts, {}).backward()
+            sft_loss(lambda x, t: model(x, t, texts), x, torch.randn_like(x), torch.tensor([0.5], device=device), t).backward()
             model.zero_grad()
-            _, logit = rewarded_step(model, pavrm, UniPC(40, 5.0), torch.randn_like(x), args.k, texts, {})
+            (_, _, logit, _), = rewarded_steps(lambda x, t: model(x, t, texts), lambda x, t: pavrm(x, t, texts), UniPC(40, 5.0),
+                                               torch.randn_like(x), [args.k])
             reward_loss(logit).backward()
             model.zero_grad()
         results[f"prfl step, k = {args.k}, without the optimizer"] = measure(prfl_step, device, args.repeats)

@@ -536,6 +536,9 @@ class Clips:
                 groups.setdefault(self.entries[i]["pair_id"], ([], []))[label(self.entries[i]["labels"], task)].append(i)
         found = [(better, worse) for poor, good in groups.values() for better in good for worse in poor]
         for better, worse in found:
+            if self.entries[better]["short_caption"] != self.entries[worse]["short_caption"]:
+                raise InputError(f"clips {self.entries[better]['source_id']} and {self.entries[worse]['source_id']} share the pair_id "
+                                 f"{self.entries[better]['pair_id']} and have different captions; pair clips of one prompt")
             if self.entries[better]["shape"] != self.entries[worse]["shape"]:
                 raise InputError(f"clips {self.entries[better]['source_id']} and {self.entries[worse]['source_id']} are a pair and have "
                                  f"different shapes; encode them with one --size and --frames")

@@ -24,7 +24,7 @@ import parallel
 from data import T5_FILE, VAE_FILE, Clips, to_uint8, write_video
 from files import InputError, remove, write_json, written_whole
 from model import WanConfig, WanModel
-from reward import PAVRM
+from reward import PAVRM, REWARD_TIMESTEPS
 from solver import TrainingSchedule, UniPC, add_noise, walk
 from t5 import UMT5Encoder
 from vae import MEAN, STD, WanVAE
@@ -276,7 +276,7 @@ def rewards(pavrm, latents, texts):
     """The reward of each clip (N,): mean over noise levels, each clip with its own fixed noise."""
     schedule, scores = TrainingSchedule(5.0), []
     noise = torch.stack([torch.randn(16, 5, 8, 8, generator=torch.Generator().manual_seed(1000 + i)) for i in range(len(texts))])
-    for t in (201, 400, 600, 800):
+    for t in REWARD_TIMESTEPS:
         x = add_noise(latents, noise, schedule.near(t))
         scores.append(pavrm(x, torch.full((len(x),), float(t)), texts).sigmoid())
     return torch.stack(scores).mean(0)
@@ -303,7 +303,7 @@ def run(output):
     command("train_prfl.py", "--data", output / "train/index.jsonl", "--reward", output / "pavrm/reward",
             "--output", output / "prfl", *PRFL_FLAGS)
 
-    # The same prompts and seeds before and after. The held-out clips give the prompts, not the videos.
+    # The same prompts and seeds before and after. There are 72 captions in all, so the seeds are new, the prompts are not.
     print("\nsampling before and after", flush=True)
     held_out = Clips(output / "val/index.jsonl")
     texts = [held_out.load(i)["text_long"] for i in range(SAMPLES)]

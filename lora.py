@@ -1,6 +1,7 @@
 """LoRA: train a small update of low rank beside frozen weights (Hu et al. 2021, arXiv 2106.09685).
 
-W x + b becomes W x + b + (alpha / rank) B A x. W stays as it was loaded; A and B are float32. Saved models have the
+W x + b becomes W x + b + (alpha / rank) B A x. W stays as it was loaded; A and B are stored in float32
+and compute in what the layer computes in. Saved models have the
 update merged into W, so that they load wherever the official ones do; the adapter is saved by itself too.
 """
 from contextlib import contextmanager

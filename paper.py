@@ -6,7 +6,8 @@
 Reward models: number of blocks, pools, cross-entropy against Bradley-Terry, number of labels; accuracy by timestep.
 Generators: SFT, reward-weighted regression (RWR), PRFL without SFT and PRFL, all with as many iterations; PRFL with k
 early, middle and late; PRFL with the other reward models. All are judged by the same reward model, and by the true
-share of good motion, which no model sees. Runs that are done are kept: start it again to go on.
+share of good motion, which no model sees. Runs that are done are kept: start it again to go on, and in
+another --output after a change.
 """
 import argparse
 import os
@@ -55,7 +56,11 @@ def run_all(jobs):
                 raise InputError(f"a run has failed; its message is in {log}")
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(run, jobs))
+        try:
+            list(pool.map(run, jobs))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def slug(name):
@@ -117,9 +122,10 @@ def main():
 
     def train_prfl(name, flags, seed, reward="PAVRM"):
         run = output / "prfl" / f"{slug(name)}_{seed}"
+        watched = seed == 0 and name in ("PRFL", "PRFL without SFT")  # for their dashboards; it takes time
         return run / "model", ["train_prfl.py", "--data", output / "train/index.jsonl", "--val", output / "val/index.jsonl",
                                "--reward", output / "pavrm" / slug(reward) / "reward", "--output", run, "--seed", seed, *prfl_flags,
-                               "--samples", 16, "--sample_every", 20, *flags.split()]
+                               "--samples", 16, "--sample_every", 20 if watched else 0, *flags.split()]
 
     jobs = {name: [train_prfl(name, flags, seed) for seed in seeds] for name, flags in methods.items()}
     jobs |= {name: [train_prfl(name, flags, 0)] for name, flags in ABLATIONS.items()}
@@ -127,7 +133,7 @@ def main():
     run_all([train_pavrm(name) for name in models])
     run_all([job for some in jobs.values() for job in some])
 
-    # Judge them all alike: other prompts and seeds than the training's, and the truth from pixels.
+    # Judge them all alike: with new seeds (there are only 72 captions in all), and by the truth from pixels.
     held_out = Clips(output / "val/index.jsonl")
     texts = [held_out.load(i)["text_long"] for i in range(samples)]
     vae, pavrm = WanVAE.from_pretrained(f"demo/model/{VAE_FILE}"), PAVRM.from_pretrained(output / "pavrm/PAVRM/reward")
@@ -143,7 +149,7 @@ def main():
         return {name: {f"t = {t}": row.get(measure) for t, row in rows.items()} for name, rows in evaluations.items()}
 
     accuracy = {name: row for name, row in by_timestep("accuracy").items() if name != "Bradley-Terry"}
-    texts = [f"{samples} held-out prompts, {len(seeds)} seeds (ablations: one), {40 if args.short else 100} iterations; mean ± "
+    texts = [f"{samples} samples each, {len(seeds)} training seeds (k and reward models: the first), {40 if args.short else 100} iterations; mean ± "
              f"standard deviation over seeds", lines("generator", generators), "AUC of the reward models on held-out clips, by timestep",
              lines("reward model", by_timestep("auc")), "and their accuracy (Bradley-Terry has no threshold; it orders pairs)",
              lines("reward model", accuracy), lines("pairs in order", {"Bradley-Terry": by_timestep("pair_accuracy")["Bradley-Terry"]}),
@@ -152,7 +158,7 @@ def main():
     print("\n" + "\n\n".join(texts))
 
     plot.bars({name: row for name, row in generators.items() if name in ("base", *METHODS)}, output / "generators.png",
-              "Held-out reward and true good motion")
+              "Reward and true good motion of new samples")
     plot.by_timestep({name: rows for name, rows in evaluations.items() if "labels" not in name}, output / "reward_models.png", "auc",
                      "Reward models: AUC on held-out clips")
     by_labels = {name: rows for name, rows in evaluations.items() if "labels" in name}

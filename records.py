@@ -31,10 +31,11 @@ def check_run(args):
     """Refuse numbers that make no run, what would lose a run's checkpoints or resume it as another run, and batches that the
     processes cannot share."""
     for name, smallest in [("steps", 1), ("batch_size", 1), ("accumulation", 1), ("num_queries", 1), ("gradient_steps", 1),
-                           ("num_blocks", 1), ("lora_rank", 0), ("ema", 0), ("warmup", 0), ("shift", 1e-3), ("sft_ratio", 1e-3)]:
+                           ("num_blocks", 1), ("lora_rank", 0), ("ema", 0), ("warmup", 0), ("shift", 1e-3), ("sft_ratio", 1e-3),
+                           ("rwr_temperature", 1e-6), ("samples", 0), ("sample_every", 0), ("save_every", 1), ("eval_every", 1)]:
         value = getattr(args, name, None)
-        if value is not None and (value < smallest or name == "ema" and value >= 1):
-            raise InputError(f"--{name} {value} is not possible; give {'0 or more, below 1' if name == 'ema' else f'{smallest} or more'}")
+        if value is not None and (value < smallest or name == "ema" and value > 1):
+            raise InputError(f"--{name} {value} is not possible; give {'0 to 1' if name == 'ema' else f'{smallest} or more'}")
     share(range(args.batch_size))
     found = checkpoints(args.output)
     if found and not args.resume:
@@ -102,7 +103,11 @@ def load_checkpoint(output, model, optimizer, ema=None):
     if not found:
         return 0
     state = state_of(model, optimizer, ema)
-    dcp.load(state, checkpoint_id=found[max(found)])
+    try:
+        dcp.load(state, checkpoint_id=found[max(found)])
+    except CheckpointException as error:
+        reasons = "; ".join(sorted({str(reason) for reason, _ in error.failures.values()}))
+        raise InputError(f"the checkpoint {found[max(found)]} is damaged ({reasons}); remove it to go on from the one before") from None
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"],
                    options=StateDictOptions(ignore_frozen_params=True, strict=False))
     return max(found)

@@ -17,7 +17,6 @@ from torch import nn
 from tqdm import tqdm
 
 import parallel
-import plot
 from data import Clips, collate, encode_clips, label, parse_size, read_video, write_video
 from files import InputError, is_main, load_weights, read_json, save_weights, weight_shapes, write_json
 from lora import merged_state
@@ -186,7 +185,8 @@ def reward_loss(logit, weight=0.1, form="hinge"):
 
 # ---------------------------------------------------------------------------------------------- scoring
 
-EVALUATION_TIMESTEPS = [201, 400, 600, 800, 1000]
+EVALUATION_TIMESTEPS = [201, 400, 600, 800, 1000]  # as published; at 1000 the clip is all noise, and only its caption is left
+REWARD_TIMESTEPS = EVALUATION_TIMESTEPS[:-1]  # the reward of a finished clip is the mean over these
 
 
 @torch.no_grad()
@@ -236,7 +236,7 @@ def measure(logits, clips, indices, pavrm, timesteps, pairs=None):
                 found = classification_measures(logits[rows, place, column], true)
                 if pairs:
                     better, worse = (logits[list(side), place, column] for side in zip(*pairs))
-                    found = {"pair_accuracy": (better > worse).float().mean().item(), "auc": found["auc"],
+                    found = {"pair_accuracy": ((better > worse).float() + (better == worse).float() / 2).mean().item(), "auc": found["auc"],
                              "loss": bradley_terry_loss(better, worse).item()}
                 measures.setdefault(task, {})[t] = found
     return measures
@@ -282,15 +282,15 @@ def parse_tasks(words, pavrm):
 # ---------------------------------------------------------------------------------------------- the command
 
 @torch.no_grad()
-def attention_video(pavrm, clip, video, timesteps, seed, device):
-    """The frames (T, H, W, 3) with the first head's attention over them as a heat map, the mean over timesteps."""
+def attention_video(pavrm, pool, clip, video, timesteps, seed, device):
+    """The frames (T, H, W, 3) with a query pool's attention over them as a heat map, the mean over timesteps."""
     x0, condition = collate([clip], pavrm.dit.config, device)
     noise, schedule = fixed_noise(clip, seed).to(device), TrainingSchedule()
     weights = 0
     for t in timesteps:
         x, time = add_noise(x0, noise, schedule.near(t)), torch.tensor([float(t)], device=device)
         tokens = pavrm.dit.features(x, time, [clip["text_short"].to(device)], **condition, num_blocks=len(pavrm.dit.blocks))
-        weights = weights + pavrm.query_attention.weights(tokens.float())
+        weights = weights + pool.weights(tokens.float())
     F_, H, W = x0.shape[2], x0.shape[3] // 2, x0.shape[4] // 2
     heat = F.interpolate(weights.view(1, F_, H, W), video.shape[1:3], mode="bilinear")[0].cpu()   # (F, H, W)
     heat = (heat / heat.amax())[(torch.arange(len(video)) + 3) // 4, ..., None]                   # (T, H, W, 1)
@@ -309,7 +309,7 @@ def main(argv=None):
     parser.add_argument("--size", type=parse_size, help="width x height the videos are cut to; None: as the model has it")
     parser.add_argument("--frames", type=int, help="1 + 4n frames of each; None: as the model has it")
     parser.add_argument("--fps", type=float, help="frames a second; None: as the model has it")
-    parser.add_argument("--timesteps", type=int, nargs="+", default=[201, 400, 600, 800], help="noise levels; the reward is their mean")
+    parser.add_argument("--timesteps", type=int, nargs="+", default=REWARD_TIMESTEPS, help="noise levels; the reward is their mean")
     parser.add_argument("--task", nargs="+", help="the label, or a weighted sum: motion_quality=0.7 text_alignment=0.3; None: the first")
     parser.add_argument("--attention", action="store_true", help="also write each video with the query's attention as a heat map")
     parser.add_argument("--plot", action="store_true", help="also draw rewards against timesteps, scores.png (takes matplotlib)")
@@ -343,7 +343,8 @@ def main(argv=None):
     tasks, indices = parse_tasks(args.task, pavrm), list(range(len(clips)))
     if args.attention:
         missing = [entry["source_id"] for entry in clips.entries if not Path(entry.get("video_path") or "?").is_file()]
-        if missing or not isinstance(pavrm.query_attention, QueryAttention):
+        pool = pavrm.heads[2 * pavrm.tasks.index(next(iter(tasks)))]  # of the first label asked for
+        if missing or not isinstance(pool, QueryAttention):
             raise InputError(f"--attention needs each clip's video, and {missing[0]} has none here; leave it out" if missing else
                              "--attention shows where a query looks, and this reward model pools without one; leave it out")
     logits = score(pavrm, clips, indices, args.timesteps, device, args.seed, args.batch_size)             # (N, T, labels)
@@ -360,11 +361,12 @@ def main(argv=None):
             print(f"{row['reward']:.3f}  {row['name']}  {row['prompt']!r}")
         print("\n".join([*table(measures), f"written: {args.output}/scores.json"]))
         if args.plot:
+            import plot  # here, since it is another script and only this needs it
             print(f"written: {plot.draw(Path(args.output, 'scores.json'))}")
     for n, counts in parallel.deal(len(clips)) if args.attention else ():
         entry = clips.entries[n]
         video = read_video(entry["video_path"], entry["fps"], entry["frames"], [8 * side for side in entry["shape"][:1:-1]])
-        heat = attention_video(pavrm, clips.load(n), video, args.timesteps, args.seed, device)
+        heat = attention_video(pavrm, pool, clips.load(n), video, args.timesteps, args.seed, device)
         if counts:
             write_video(Path(args.output, f"attention_{entry['source_id']}.mp4"), heat, entry["fps"])
 

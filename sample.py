@@ -25,13 +25,12 @@ import parallel
 from data import Encoder, condition_input, parse_size, read_image, read_list, to_uint8, write_video
 from files import InputError, read_json, write_json
 from model import WanModel
-from reward import PAVRM, check_fit, parse_tasks, process_logits
+from reward import PAVRM, REWARD_TIMESTEPS, check_fit, parse_tasks, process_logits
 from solver import SOLVERS, guided, timestep, walk
 
 PUBLISHED = {"t2v": dict(steps=50, shift=5.0, guidance=5.0, size=[832, 480], frames=81, fps=16),
              "i2v": dict(steps=40, shift=5.0, guidance=5.0, size=[832, 480], frames=81, fps=16),
              "flf2v": dict(steps=50, shift=16.0, guidance=5.0, size=[1280, 720], frames=81, fps=16)}
-REWARD_TIMESTEPS = [201, 400, 600, 800]  # the reward of finished latents is the mean over these noise levels
 
 
 def parse_args(argv=None):

@@ -123,7 +123,7 @@ class DPMSolverPP(Multistep):
 
 
 class UniPC(Multistep):
-    """UniPC of order 2, B(h) = exp(h) - 1 (Zhao et al. 2023, arXiv 2302.04867), Wan's default solver.
+    """UniPC of order 2, B(h) = expm1(-h) (Zhao et al. 2023, arXiv 2302.04867), Wan's default solver.
 
     Every step but the first begins with a corrector: now that the model has seen x_i, the step that led to x_i is
     done again with the new prediction. So the result of step i depends on v twice, through corrector and predictor.

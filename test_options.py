@@ -614,7 +614,7 @@ def test_labels_are_weighted(several_labels, monkeypatch):
 
 @pytest.mark.parametrize("words, ks", [
     (["all"], range(39)), (["early"], range(13)), (["middle"], range(13, 26)), (["late"], range(26, 39)),
-    (["0"], [0]), (["38", "5"], [38, 5])])
+    (["0"], [0]), (["38", "5", "5"], [5, 38])])
 def test_steps_that_may_be_rewarded(words, ks):
     assert train_prfl.rewardable(words, 40) == list(ks)
 
@@ -622,7 +622,7 @@ def test_steps_that_may_be_rewarded(words, ks):
 @pytest.mark.parametrize("words, steps, message", [
     (["soon"], 40, "--k soon names no steps; give all, early, middle, late, or numbers"), (["all", "early"], 40, "names no steps"),
     (["-1"], 40, "names no steps"), (["1.5"], 40, "names no steps"),
-    (["39"], 40, "--k 39 does not fit 40 rollout steps; k can be 0 to 38"), (["all"], 1, "does not fit 1 rollout steps")])
+    (["39"], 40, "--k 39 does not fit 40 rollout steps; k can be 0 to 38"), (["all"], 1, "leaves no step to reward")])
 def test_steps_that_cannot_be_rewarded(words, steps, message):
     with pytest.raises(InputError, match=message):
         train_prfl.rewardable(words, steps)

@@ -334,7 +334,7 @@ def test_the_heat_map_lies_where_the_query_looks(monkeypatch):
     clip = {"latents": draw((16, 5, 8, 8), 0), "condition": None, "clip": None, "text_short": draw((3, 64), 1),
             "entry": {"source_id": "a", "shape": (16, 5, 8, 8)}}
     black = torch.zeros(17, 64, 64, 3, dtype=torch.uint8)
-    hot = reward.attention_video(pavrm, clip, black, [600], 0, "cpu")[..., 0] > 150  # (T, H, W)
+    hot = reward.attention_video(pavrm, pavrm.query_attention, clip, black, [600], 0, "cpu")[..., 0] > 150  # (T, H, W)
     assert hot.flatten(1).any(1).nonzero().flatten().tolist() == [5, 6, 7, 8]
     rows, columns = hot[5].nonzero().unbind(1)
     assert 16 <= rows.min() and rows.max() < 32 and 48 <= columns.min() and hot[5, 24, 56]

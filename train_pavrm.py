@@ -49,7 +49,8 @@ def parse_args(argv=None):
                         "clips that share a pair_id and differ in the label")
     parser.add_argument("--num_blocks", type=int, help="blocks of the transformer that are kept: 8 as published; None: that, or half "
                         "of a model with fewer than 16")
-    parser.add_argument("--train_blocks", type=int, nargs="*", help="numbers of the blocks that are trained; None: all that are kept")
+    parser.add_argument("--train_blocks", type=int, nargs="*", help="numbers of the blocks that are trained; none after "
+                        "the flag: the heads alone; None: all that are kept")
     parser.add_argument("--pool", default="query", choices=["query", "mean", "max"], help="how tokens become one vector")
     parser.add_argument("--num_queries", type=int, default=1, help="learned queries of the query pool (q)")
     parser.add_argument("--lora_rank", type=int, default=0, help="train adapters of this rank in place of the blocks; 0 trains the blocks")
@@ -59,7 +60,7 @@ def parse_args(argv=None):
     parser.add_argument("--batch_size", type=int, default=2, help="clips, or pairs, a micro-step, over all processes")
     parser.add_argument("--accumulation", type=int, default=1, help="micro-steps a step")
     parser.add_argument("--lr", type=float, default=1e-6, help="learning rate of the blocks")
-    parser.add_argument("--head_lr", type=float, default=1e-6, help="learning rate of pool and MLP; published: 1e-5 for bt")
+    parser.add_argument("--head_lr", type=float, help="learning rate of pool and MLP; None: 1e-6 for ce, 1e-5 for bt")
     parser.add_argument("--lr_schedule", default="constant", choices=["constant", "linear", "cosine"], help="after the warm-up")
     parser.add_argument("--warmup", type=int, default=0, help="steps of linear warm-up")
     parser.add_argument("--weight_decay", type=float, default=0.01, help="AdamW's weight decay")
@@ -101,8 +102,12 @@ def load_items(paths, args):
 
 def main(argv=None):
     args = parse_args(argv)
+    if args.head_lr is None:
+        args.head_lr = {"ce": 1e-6, "bt": 1e-5}[args.loss]
     device = parallel.start()
     records.check_run(args)
+    if args.lora_rank and args.train_blocks is not None:
+        raise InputError("--train_blocks and --lora_rank exclude each other: adapters train beside all blocks; give one of them")
     if args.loss == "bt" and len(args.task) > 1:
         raise InputError("--loss bt learns one label, since a pair is better in one of them; give one --task")
     clips, items = load_items(args.train, args)
@@ -124,8 +129,6 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     pavrm = PAVRM(dit, num_blocks, args.task, args.pool, args.num_queries)
     dit.requires_grad_(False)
-    if args.lora_rank and args.train_blocks is not None:
-        raise InputError("--train_blocks and --lora_rank exclude each other: adapters train beside all blocks; give one of them")
     if args.lora_rank:
         add_lora(dit, args.lora_rank, args.lora_alpha or args.lora_rank, args.lora_targets)
     else:

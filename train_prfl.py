@@ -23,6 +23,7 @@ one training step. What the paper compares with is chosen by --phases:
 
 Departures from the published code are listed in the README.
 """
+import math
 from contextlib import nullcontext
 from copy import copy
 from pathlib import Path
@@ -36,18 +37,19 @@ from data import TASKS, VAE_FILE, Clips, Order, choose_caption, clip_statistics,
 from files import InputError, is_main, load_weights, open_safetensors, read_json, write_json, write_safetensors
 from lora import add_lora, save_adapter, start_lora, without_adapters
 from model import WanModel
-from reward import PAVRM, check_fit, parse_tasks, process_logits, reward_loss
+from reward import PAVRM, REWARD_TIMESTEPS, check_fit, parse_tasks, process_logits, reward_loss
 from solver import SOLVERS, TrainingSchedule, add_noise, flow_matching_target, guided, timestep, walk
 from vae import WanVAE
 
 
 def parse_args(argv=None):
-    parser = parallel.Parser("Train a Wan model against a PAVRM reward. The paper's symbols are in brackets.")
+    parser = parallel.Parser("Train a Wan model against a PAVRM reward. Symbols in brackets are those of the head of train_prfl.py.")
     parser.add_argument("--model", default="demo/model", help="official directory of the model to train (theta)")
-    parser.add_argument("--reward", default="demo/reward", help="reward model (r), written by train_pavrm.py")
+    parser.add_argument("--reward", default="demo/reward", help="reward model (r), written by train_pavrm.py; none: samples "
+                        "are not scored, for --phases sft")
     parser.add_argument("--data", default="demo/train/index.jsonl", help="index of encoded clips (data.py), real ones (x_0, c)")
     parser.add_argument("--good", default="motion_quality", choices=[*TASKS, "none"], help="clips annotated as poor in this are left out")
-    parser.add_argument("--val", help="index of held-out clips whose prompts are evaluated; None: those of --data")
+    parser.add_argument("--val", help="index of held-out clips, for the prompts of --samples; None: those of --data")
     parser.add_argument("--output", default="outputs/prfl", help="directory of this run: model/, checkpoints/, samples/, log.jsonl")
     parser.add_argument("--phases", nargs="+", default=["sft", "reward"], choices=["sft", "rwr", "reward"], help="phases of an iteration")
     parser.add_argument("--steps", type=int, default=100, help="iterations; the published number is not known")
@@ -75,8 +77,8 @@ def parse_args(argv=None):
     parser.add_argument("--k", nargs="+", default=["all"], help="steps that may be rewarded (s): all of 0 .. K - 2, their early, "
                         "middle or late third, or numbers")
     parser.add_argument("--gradient_steps", type=int, default=1, help="steps with gradient, the rewarded one last")
-    parser.add_argument("--rewards_per_rollout", type=int, default=1, help="different k that are rewarded on one rollout: cheaper a "
-                        "reward, but they share the noise and the rollout's beginning")
+    parser.add_argument("--rewards_per_rollout", type=int, default=1, help="different k that are rewarded on one rollout, their "
+                        "gradients averaged: cheaper a reward, but they share the noise and the rollout's beginning")
     parser.add_argument("--rollout_steps", type=int, default=40, help="solver steps from noise to clip (K)")
     parser.add_argument("--solver", default="unipc", choices=SOLVERS, help="of rollouts and samples")
     parser.add_argument("--rollout_guidance", type=float, default=1.0, help="classifier-free guidance in the rollout; 1 is none")
@@ -114,6 +116,7 @@ def sft_loss(velocity, x0, noise, sigma, t, weight=1.0):
 def rewarded_steps(velocity, pavrm, solver, x, ks, gradient_steps=1, judge="next", start=None):
     """Roll out from noise x (B, C, F, H, W) and have each step k of `ks` judged, one after the other.
 
+    A rewarded step is done again without gradient where the rollout goes on to the next k.
     Yields k, the judged latents (B, C, F, H, W), their logits, and the mean square distance of the steps' velocities to
     those of `start`, all with gradient through the last `gradient_steps` steps and no further. velocity(x, t), start(x, t)
     and pavrm(x, t) know their condition. The latents stay float32 throughout.
@@ -171,10 +174,10 @@ def main(argv=None):
     choices = rewardable(args.k, args.rollout_steps)
     if not 1 <= args.rewards_per_rollout <= len(choices):
         raise InputError(f"--rewards_per_rollout {args.rewards_per_rollout} is not possible with {len(choices)} k; give 1 to {len(choices)}")
-    if args.stop_below and (args.stop_below[0] not in ("motion_energy", "contrast", "saturation") or args.phases == ["sft"]
+    if args.stop_below and (args.stop_below[0] not in ("motion_energy", "contrast", "saturation") or args.reward == "none"
                             or not args.stop_below[1].replace(".", "", 1).isdigit() or not sampling):
         raise InputError(f"--stop_below {' '.join(args.stop_below)} cannot be judged; give motion_energy, contrast or saturation "
-                         f"and a share like 0.5, with a phase that has a reward and with samples")
+                         f"and a share like 0.5, with a reward model and samples")
     clips, val_clips = Clips(args.data), Clips(args.val or args.data)
     clips.check(), val_clips.check()
     empty_prompt, negative_prompt = (clips.prompts[name].to(device) for name in ("empty", "negative"))
@@ -185,7 +188,7 @@ def main(argv=None):
     # Both models as structure only, without weights, to see that everything fits before anything large is loaded.
     policy = WanModel.on_meta(args.model)
     collate([clips.load(0)], policy.config, "cpu")
-    pavrm = PAVRM.on_meta(args.reward).requires_grad_(False) if args.phases != ["sft"] else None
+    pavrm = PAVRM.on_meta(args.reward).requires_grad_(False) if args.phases != ["sft"] or sampling and args.reward != "none" else None
     tasks = parse_tasks(args.task, pavrm) if pavrm else {}
     if pavrm:
         check_fit(pavrm, policy, args.reward, args.model)
@@ -220,8 +223,8 @@ def main(argv=None):
 
     def micro_batch(micro_step, phase):
         """This process's part of a micro-step: x_0 and noise (B, C, F, H, W), the functions velocity(x, t, negative_prompt),
-        start(x, t) and judge(x, t) -> logits (B, labels) that know the clips' condition, and keys for further draws, one a
-        clip. Both phases of an iteration see the same clips and captions."""
+        start(x, t) and reward_logits(x, t) -> (B, labels) that know the clips' condition, and keys for further draws, one a
+        clip. With --sft_ratio 1 both phases of an iteration see the same clips and captions."""
         share = parallel.share(order[micro_step])  # (place in the batch, clip)
         keys = [(args.seed, micro_step, place) for place, _ in share]
         samples = [clips.load(i) for _, i in share]
@@ -236,10 +239,14 @@ def main(argv=None):
             with without_adapters(frozen):
                 return guided(lambda *inputs: velocity(*inputs, model=frozen), args.rollout_guidance)(x, t)
 
-        return x0, noise, velocity, start, lambda x, t: pavrm(x, t, texts, **condition, tasks=list(tasks)), keys
+        def reward_logits(x, t):
+            return pavrm(x, t, texts, **condition, tasks=list(tasks))
+
+        return x0, noise, velocity, start, reward_logits, keys
 
     if sampling and first_step == 0:
         evaluate(policy, pavrm, tasks, vae, val_clips, 0, args, device, log)
+        log.pause()
     for step in range(first_step, args.steps):
         logged = {}
         for group in optimizer.param_groups:
@@ -249,13 +256,13 @@ def main(argv=None):
             optimizer.zero_grad()
             losses, count = [], max(round(args.accumulation * args.sft_ratio), 1)
             for micro_step in range(step * count, (step + 1) * count):
-                x0, noise, velocity, _, judge, keys = micro_batch(micro_step, "sft")
+                x0, noise, velocity, _, reward_logits, keys = micro_batch(micro_step, "sft")
                 levels = [schedule.draw(parallel.uniform(*key, "timestep")) for key in keys]
                 sigma, t = (torch.tensor(column, dtype=torch.float32, device=device) for column in zip(*levels))    # (B,)
                 weight = 1.0
                 if phase == "rwr":
                     with torch.no_grad():
-                        reward = reward_of(judge(add_noise(x0, noise, sigma), t), tasks)
+                        reward = reward_of(reward_logits(add_noise(x0, noise, sigma), t), tasks)
                         weight = ((reward - sum(tasks.values())) / args.rwr_temperature).exp()                      # (B,), up to 1
                 loss = sft_loss(velocity, x0, noise, sigma, t, weight)
                 (loss / count).backward()
@@ -268,15 +275,15 @@ def main(argv=None):
             optimizer.zero_grad()
             losses, rewards, distances, ks = [], [], [], []
             for micro_step in range(step * args.accumulation, (step + 1) * args.accumulation):
-                _, noise, velocity, start, judge, _ = micro_batch(micro_step, "reward")
+                _, noise, velocity, start, reward_logits, _ = micro_batch(micro_step, "reward")
                 # The same k for all processes: with different ones they would meet in different collectives.
                 drawn = torch.randperm(len(choices), generator=parallel.generator(args.seed, micro_step, "k"))
                 drawn = [choices[i] for i in drawn[:args.rewards_per_rollout]]
                 solver = SOLVERS[args.solver](args.rollout_steps, args.shift)
-                for k, _, logits, distance in rewarded_steps(guided(velocity, args.rollout_guidance), judge, solver, noise, drawn,
+                for k, _, logits, distance in rewarded_steps(guided(velocity, args.rollout_guidance), reward_logits, solver, noise, drawn,
                                                              args.gradient_steps, args.judge, start if args.kl_weight else None):
-                    loss = sum(share * reward_loss(logits[:, i], args.reward_weight, args.reward_form)
-                               for i, share in enumerate(tasks.values())) + args.kl_weight * distance
+                    loss = sum(weight * reward_loss(logits[:, i], args.reward_weight, args.reward_form)
+                               for i, weight in enumerate(tasks.values())) + args.kl_weight * distance
                     (loss / args.accumulation / len(drawn)).backward()
                     losses.append(loss.detach())
                     rewards.append(reward_of(logits.detach(), tasks).mean())
@@ -323,7 +330,7 @@ def evaluate(policy, pavrm, tasks, vae, clips, step, args, device, log):
     """Make clips of fixed prompts and seeds and measure them, so that one sees what training changes, and reward hacking:
 
     reward: mean reward of the clips, noised again; saturated: share of them above 0.95
-    velocity_distance: mean |v - v_start|^2 on the held-out clip, noised, v_start being that of the model before training
+    velocity_distance: mean |v - v_start|^2 on the prompt's own clip, noised, v_start being that of the model before training
     motion_energy, contrast, saturation: of the decoded videos, see data.clip_statistics
 
     Videos go to OUTPUT/samples. Returns whether --stop_below asks to stop.
@@ -336,7 +343,7 @@ def evaluate(policy, pavrm, tasks, vae, clips, step, args, device, log):
         x0, condition = collate([sample], policy.config, device)
         text = sample["text_long"].to(device)
         noise = parallel.noise(x0.shape, args.seed, n, "sample").to(device)
-        measures = {}
+        measures = {"velocity_distance": 0.0 if step == 0 else math.nan}
 
         def velocity(x, t, negative_prompt=False):
             return policy(x, t, [negative if negative_prompt else text], **condition)
@@ -344,7 +351,7 @@ def evaluate(policy, pavrm, tasks, vae, clips, step, args, device, log):
         latents = walk(guided(velocity, args.guidance), noise, SOLVERS[args.solver](args.rollout_steps, args.shift))
         if pavrm:
             fresh = parallel.noise(x0.shape, args.seed, n, "score").to(device)
-            logits = process_logits(pavrm, latents, text, condition, fresh, [201, 400, 600, 800], list(tasks), shift=args.shift)
+            logits = process_logits(pavrm, latents, text, condition, fresh, REWARD_TIMESTEPS, list(tasks), shift=args.shift)
             measures["reward"] = reward_of(logits, tasks).mean().item()
             measures["saturated"] = float(measures["reward"] > 0.95 * sum(tasks.values()))
         levels = {f"t{t}": (schedule.near(t), torch.tensor([float(t)], device=device)) for t in (250, 500, 750)}
@@ -361,7 +368,7 @@ def evaluate(policy, pavrm, tasks, vae, clips, step, args, device, log):
             rows[n] = torch.tensor(list(measures.values()))
             write_video(directory / f"{n}.mp4", video, sample["entry"].get("fps", 16))
     dist.all_reduce(rows)  # each rank has zeros where others have worked
-    measures = dict(zip(names, rows.mean(0).tolist()))
+    measures = {name: value for name, value in zip(names, rows.mean(0).tolist()) if not math.isnan(value)}
     log.write({"step": step, "evaluation": measures})
     log.say("  samples:  " + "  ".join(f"{name} {value:.4g}" for name, value in measures.items()))
     if is_main():
