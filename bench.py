@@ -13,6 +13,7 @@ import time
 import torch
 
 import parallel
+import records
 from data import parse_size, read_video, to_tensor
 from model import WanConfig, WanModel
 from reward import PAVRM, reward_loss
@@ -38,7 +39,7 @@ def measure(function, device, repeats):
         function()
         synchronize(device)
         seconds.append(time.perf_counter() - started)
-    return {"seconds": statistics.median(seconds), "spread": max(seconds) - min(seconds), "gigabytes": parallel.peak_memory(device)}
+    return {"seconds": statistics.median(seconds), "spread": max(seconds) - min(seconds), "gigabytes": records.peak_memory(device)}
 
 
 def synchronize(device):

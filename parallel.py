@@ -6,7 +6,6 @@ import argparse
 import hashlib
 import math
 import os
-import resource
 import shlex
 import signal
 import sys
@@ -185,10 +184,3 @@ def uniform(*key):
 def noise(shape, *key):
     """Standard normal float32 noise."""
     return torch.randn(shape, generator=generator(*key))
-
-
-def peak_memory(device):
-    """GB: the most that was held on the GPU since the step began, or by this process since it began."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

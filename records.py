@@ -6,6 +6,7 @@
 """
 import json
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from tqdm import tqdm
 
 from files import InputError, is_main, read_json, remove, write_json, written_whole
-from parallel import peak_memory, share
+from parallel import share
 
 KEPT_CHECKPOINTS = 2
 
@@ -167,3 +168,10 @@ def kept_lines(path, first_step):
     for line in path.read_text().splitlines(keepends=True):
         if line.endswith("\n") and json.loads(line)["step"] <= first_step:  # the last line may be torn
             yield line
+
+
+def peak_memory(device):
+    """GB: the most that was held on the GPU since the step began, or by this process since it began."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -855,7 +855,7 @@ def test_a_hacked_reward_stops_the_run(world, monkeypatch, capsys, rewards, ener
 
 
 @pytest.mark.parametrize("flags", [["--stop_below", "velocity", "0.5"], ["--stop_below", "contrast", "half"],
-                                   ["--stop_below", "contrast", "0.5", "--phases", "sft"],
+                                   ["--stop_below", "contrast", "0.5", "--phases", "sft", "--reward", "none"],
                                    ["--stop_below", "contrast", "0.5", "--sample_every", "0"]])
 def test_what_a_run_cannot_be_stopped_by(world, flags):
     fill_vae("model")

@@ -122,6 +122,11 @@ def test_sft_learns_the_velocity():
     assert torch.allclose(seen[0][1], 0.1 * x0[1] + 0.9 * noise[1])
 
 
+def test_one_prfl_step_is_read_in_under_1500_lines():
+    files_to_read = ("train_prfl.py", "reward.py", "solver.py", "model.py", "parallel.py")
+    assert sum(len(Path(train_prfl.__file__).with_name(name).read_text().splitlines()) for name in files_to_read) < 1500
+
+
 # ---------------------------------------------------------------------------------------------- training
 
 def test_pavrm_learns_its_labels(world):

@@ -67,7 +67,6 @@ def parse_args(argv=None):
     parser.add_argument("--lora_targets", nargs="+", default=["q", "k", "v", "o"], help="linear layers with adapters")
     parser.add_argument("--ema", type=float, default=0.0, help="decay of an average of the weights, saved beside them, sampled and "
                         "evaluated; 0: none; published: 0.99")
-
     parser.add_argument("--task", nargs="+", help="label that is rewarded, or a weighted sum: motion_quality=0.7 text_alignment=0.3; "
                         "None: the reward model's first")
     parser.add_argument("--reward_weight", type=float, default=0.1, help="weight of the reward loss (lambda)")
@@ -85,7 +84,6 @@ def parse_args(argv=None):
     parser.add_argument("--kl_weight", type=float, default=0.0, help="weight of |v - v_start|^2 at the steps with gradient, against "
                         "the model as it started; takes a frozen copy of it, or none with --lora_rank")
     parser.add_argument("--rwr_temperature", type=float, default=0.1, help="of reward-weighted regression (beta)")
-
     parser.add_argument("--shift", type=float, default=5.0, help="shift of the noise levels, in all phases and in the samples")
     parser.add_argument("--timesteps", nargs="+", default=["uniform"], help="draws of t in the sft phase: uniform (over the shifted "
                         "table), logit_normal, or a list of timesteps")
