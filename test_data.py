@@ -588,8 +588,10 @@ def test_the_mask_marks_the_given_frames():
 def test_a_batch_holds_what_the_model_takes():
     samples = [good_tensors() | {"entry": {"source_id": name}} for name in "ab"]
 
+    text_dim = samples[0]["text_short"].shape[1]
+
     def collate(model_type, use_clip=False):
-        return data.collate(samples, SimpleNamespace(model_type=model_type, use_clip=use_clip), "cpu")
+        return data.collate(samples, SimpleNamespace(model_type=model_type, use_clip=use_clip, text_dim=text_dim), "cpu")
 
     latents, condition = collate("t2v")
     assert torch.equal(latents[1], samples[1]["latents"]) and condition == {}

@@ -806,8 +806,10 @@ def test_what_samples_are_measured_by(quick):
     still = evaluations(run(train_prfl, "still", "--steps", "1", "--lr", "0", *flags))
     assert still[0].items() <= first.items() and still[1]["velocity_distance"] == 0
     assert {name: still[1][name] for name in names} == {name: first[name] for name in names}
-    plain = evaluations(run(train_prfl, "plain", "--steps", "1", "--phases", "sft", *flags))
-    assert not {"reward", "saturated"} & {*plain[0], *plain[1]} and plain[1]["velocity_distance"] > 0
+    alone = evaluations(run(train_prfl, "alone", "--steps", "1", "--phases", "sft", *flags))
+    assert alone[0] == first and alone[1]["velocity_distance"] > 0  # without the reward phase they are scored all the same ...
+    plain = evaluations(run(train_prfl, "plain", "--steps", "1", "--phases", "sft", "--reward", "none", *flags))
+    assert [set(line) - {"velocity_distance"} for line in plain] == [set(names[2:])] * 2  # ... where there is a reward model
 
 
 def test_the_distance_of_velocities_by_hand(quick):
