@@ -85,7 +85,6 @@ def main(argv=None):
 
     if {"forward", "prfl"} & set(args.stages):
         model = random_dit(args.dit, dtype, device)
-        model.checkpoint_blocks = True
         x, texts = torch.randn(latent_shape, device=device), [torch.randn(20, model.config.text_dim, device=device, dtype=dtype)]
         t = torch.tensor([500.0], device=device)
     if "forward" in args.stages:
@@ -93,7 +92,6 @@ def main(argv=None):
             results["forward"] = measure(lambda: model(x, t, texts), device, args.repeats)
     if "prfl" in args.stages:
         pavrm = PAVRM(random_dit(args.dit, dtype, device), num_blocks=min(8, model.config.num_layers // 2)).to(device).requires_grad_(False)
-        pavrm.dit.checkpoint_blocks = True
 
         def prfl_step():
             sft_loss(lambda x, t: model(x, t, texts), x, torch.randn_like(x), torch.tensor([0.5], device=device), t).backward()

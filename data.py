@@ -29,6 +29,7 @@ import os
 import random
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from functools import cached_property, lru_cache, partial
 from itertools import groupby, islice
@@ -651,6 +652,19 @@ def condition_input(condition, model_type):
     if model_type == "flf2v":
         mask[:, 3, -1] = 1
     return torch.cat([mask, condition], dim=1)  # (B, 20, F, H, W)
+
+
+def ahead(load, items):
+    """Yield (item, load(item)) for each item; the next one is loaded by a thread meanwhile, so that nobody waits for it."""
+    with ThreadPoolExecutor(1) as thread:
+        before = None
+        for item in items:
+            following = item, thread.submit(load, item)
+            if before:
+                yield before[0], before[1].result()
+            before = following
+        if before:
+            yield before[0], before[1].result()
 
 
 def collate(samples, config, device):

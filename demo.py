@@ -24,7 +24,8 @@ import parallel
 from data import T5_FILE, VAE_FILE, Clips, to_uint8, write_video
 from files import InputError, remove, write_json, written_whole
 from model import WanConfig, WanModel
-from reward import PAVRM, REWARD_TIMESTEPS
+from reward import PAVRM
+from score import REWARD_TIMESTEPS
 from solver import TrainingSchedule, UniPC, add_noise, walk
 from t5 import UMT5Encoder
 from vae import MEAN, STD, WanVAE

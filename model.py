@@ -6,6 +6,7 @@ noise - clean. Parameter names are those of the official checkpoints, which load
 What stays in float32 when the weights are bf16: the time embedding and its projection, every modulation, the norms,
 the rotary angles, the head and the residual stream. Only the large matrix products and the attention are bf16.
 """
+import math
 from dataclasses import MISSING, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -14,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
+import sequence
 from files import InputError, load_weights, read_json, save_weights, weight_shapes
 from lora import merged_state
 
@@ -138,9 +139,10 @@ class SelfAttention(nn.Module):
         return rearrange(x, "b l (h d) -> b l h d", h=self.num_heads)
 
     def forward(self, x, rotary):
-        q = rotate(self.heads(self.norm_q(self.q(x))), *rotary)        # (B, L, heads, head_dim)
-        k = rotate(self.heads(self.norm_k(self.k(x))), *rotary)
-        return self.o(attention(q, k, self.heads(self.v(x))))          # (B, L, D)
+        q, k, v = (self.heads(y) for y in (self.norm_q(self.q(x)), self.norm_k(self.k(x)), self.v(x)))  # (B, L, heads, head_dim)
+        q, k, v = sequence.to_heads(q, k, v, length=len(rotary[0]))    # with sequence parallelism: all tokens, a part of the heads
+        out = attention(rotate(q, *rotary), rotate(k, *rotary), v)
+        return self.o(sequence.to_tokens(out))                         # (B, L, D)
 
 
 class CrossAttention(SelfAttention):
@@ -228,8 +230,8 @@ class WanModel(nn.Module):
         if config.use_clip:
             self.img_emb = ImageEmbedding(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.checkpoint_blocks = False  # True: keep only the blocks' inputs for backward, and compute the rest again
         self.head = Head(config)
+        self.run_block = lambda block, *inputs: block(*inputs)  # parallel.py puts checkpointing and offload here
 
     @classmethod
     def on_meta(cls, directory):
@@ -265,12 +267,15 @@ class WanModel(nn.Module):
         """
         grid = [size // patch for size, patch in zip(x.shape[2:], PATCH)]
         e, tokens = self._run(x, t, context, clip_fea, y, len(self.blocks))
-        patches = self.head(tokens, e)                                 # (B, L, 4 C_out)
+        patches = sequence.gather(self.head(tokens, e), math.prod(grid))   # (B, L, 4 C_out)
         return rearrange(patches, "b (f h w) (p q r c) -> b c (f p) (h q) (w r)",
                          f=grid[0], h=grid[1], w=grid[2], p=PATCH[0], q=PATCH[1], r=PATCH[2])
 
     def features(self, x, t, context, clip_fea=None, y=None, num_blocks=8):
-        """The residual stream (B, L, D) after `num_blocks` blocks; arguments as in `forward`."""
+        """The residual stream (B, L, D) after `num_blocks` blocks; arguments as in `forward`.
+
+        Under sequence parallelism (sequence.py) it is that of this rank's tokens, padding included.
+        """
         return self._run(x, t, context, clip_fea, y, num_blocks)[1]
 
     def _run(self, x, t, context, clip_fea, y, num_blocks):
@@ -281,10 +286,10 @@ class WanModel(nn.Module):
             x = torch.cat([x, y.to(x.dtype)], dim=1)                   # (B, in_dim, F, H, W)
         x = self.patch_embedding(x.to(dtype))                          # (B, D, F, H/2, W/2)
         grid = tuple(x.shape[2:])
-        x = rearrange(x, "b d f h w -> b (f h w) d")                   # (B, L, D)
+        x = sequence.split(rearrange(x, "b d f h w -> b (f h w) d"))   # (B, L, D); L counts this rank's tokens from here on
 
-        if t.ndim == 1:
-            t = t[:, None]  # one timestep a clip: everything below keeps a token axis of 1 and broadcasts
+        # One timestep a clip: everything below keeps a token axis of 1 and broadcasts.
+        t = t[:, None] if t.ndim == 1 else sequence.split(t)
         e = self.time_embedding(timestep_embedding(t, self.config.freq_dim))                  # (B, 1 or L, D)
         six = self.time_projection(e).unflatten(-1, (6, -1))           # (B, 1 or L, 6, D)
 
@@ -292,10 +297,7 @@ class WanModel(nn.Module):
         image = self.img_emb(clip_fea) if self.config.use_clip else None  # (B, 257 or 514, D)
         rotary = rotary_table(grid, self.config.dim // self.config.num_heads, x.device)
         for block in self.blocks[:num_blocks]:
-            if self.checkpoint_blocks and torch.is_grad_enabled():
-                x = checkpoint(block, x, six, text, image, rotary, use_reentrant=False)
-            else:
-                x = block(x, six, text, image, rotary)                 # (B, L, D)
+            x = self.run_block(block, x, six, text, image, rotary)     # (B, L, D)
         return e, x
 
     def _pad(self, context):

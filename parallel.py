@@ -1,6 +1,9 @@
 """Everything about running on one process or many: groups, sharding, learning rates, averages, random draws.
 
 A script runs the same way alone (`python train_prfl.py`) and under torchrun, on CPU and on CUDA.
+
+Ranks form data groups of `--sp` ranks each. A data group works on its own clips, and its ranks share a clip's tokens
+(sequence.py). Weights are sharded over all ranks, or with `--dp_replicate` R over each of R equal parts of them.
 """
 import argparse
 import hashlib
@@ -9,6 +12,7 @@ import os
 import shlex
 import signal
 import sys
+import time
 import warnings
 from contextlib import contextmanager
 from datetime import timedelta
@@ -16,12 +20,18 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import sequence
 from files import InputError
 
 
 # ---------------------------------------------------------------------------------------------- processes
+
+# Flags that do not change what is computed: a run may go on with others of them.
+EXECUTION = ["sp", "dp_replicate", "compile", "checkpoint_blocks", "save_attention", "offload", "gather", "resume", "keep", "timeout"]
+
 
 class Parser(argparse.ArgumentParser):
     """Flags, their defaults in --help, and files of flags: `@recipes/prfl_t2v_14B_480P.args`, # begins a comment."""
@@ -32,8 +42,31 @@ class Parser(argparse.ArgumentParser):
     def convert_arg_line_to_args(self, line):
         return shlex.split(line, comments=True)
 
+    def add_execution(self, save_every):
+        """The flags of both training scripts that say how it is computed; a run may go on with others of them."""
+        group = self.add_argument_group("where and how it is computed")
+        group.add_argument("--sp", type=int, default=1, help="ranks that share a clip's tokens; the model's heads must be a multiple")
+        group.add_argument("--dp_replicate", type=int, default=1, help="copies of the weights, each sharded over equally many ranks; "
+                           "1 takes least memory")
+        group.add_argument("--compile", action="store_true", help="compile the blocks (torch.compile)")
+        group.add_argument("--checkpoint_blocks", action="store_true", help="keep only the blocks' inputs for backward and compute the "
+                           "rest again: a third slower, and what large models need")
+        group.add_argument("--save_attention", action="store_true", help="with --checkpoint_blocks: keep attention's results too")
+        group.add_argument("--offload", nargs="+", default=[], choices=["inputs", "weights", "ema"], help="what is kept in CPU memory: "
+                           "the blocks' inputs (with --checkpoint_blocks); weights, gradients and optimizer state, a block's weights "
+                           "coming as it runs; the average")
+        group.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --output")
+        group.add_argument("--save_every", type=int, default=save_every, help="steps between checkpoints; there is one at the end too")
+        group.add_argument("--keep", type=int, default=2, help="checkpoints that are kept, the newest")
+        group.add_argument("--timeout", type=float, default=10, help="minutes after which a rank gives up waiting for the others")
+        numbers = self.add_argument_group("how precisely")
+        numbers.add_argument("--compute_dtype", choices=["float32", "bf16"], help="of matrix products and attention, and of frozen "
+                             "weights; None: bf16 on a GPU, float32 on a CPU")
+        numbers.add_argument("--bf16_residual", action="store_true", help="round the residual stream to bf16 between blocks, which "
+                             "halves the memory of the blocks' inputs; officially it is float32")
 
-def start():
+
+def start(sp=1, minutes=10.0):
     """Join the processes that torchrun started, or stand alone. Returns this process's device."""
     cuda, local_rank = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
@@ -42,37 +75,91 @@ def start():
         if local_rank >= torch.cuda.device_count():
             raise InputError(f"there are more processes than the {torch.cuda.device_count()} GPUs here; lower --nproc_per_node")
         torch.cuda.set_device(device)
+        # cuDNN's attention is the fastest on Hopper; where it does not run, the next in the list does.
+        kernels = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+        sdpa_kernel(kernels, set_priority=True).__enter__()
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timedelta(minutes=10))
+        dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    ranks = dist.get_world_size()
+    if sp < 1 or ranks % sp:
+        raise InputError(f"--sp {sp} does not divide the {ranks} processes; use one that does")
+    sequence.group = init_device_mesh(device.type, (ranks // sp, sp)).get_group(1) if sp > 1 else None
     return device
 
 
 def run(main):
-    """Run a script's main(): an error in the input, or of the disk, ends it with one sentence and exit code 1.
+    """Run a script's main(): an error in the input, of the disk, or of another process ends it with one sentence and exit code 1.
 
     It ends at once then, without waiting for the other processes: they may never come. torchrun stops those.
     """
     try:
         code = main()
     except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        os._exit(1)
+        message = str(error)
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        message = "another process has ended or hangs, and this one has stopped waiting; look for its message, then --resume"
     except KeyboardInterrupt:
         os._exit(128 + signal.SIGINT)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    sys.exit(code)
+    else:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        sys.exit(code)
+    if int(os.environ.get("RANK", 0)):
+        # Mostly all fail alike, and rank 0 says it. If not, nobody stops this process while it waits.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(3)
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+_signals = []  # that have asked for a stop
+
+
+def stop_on_signals():
+    """From now on SIGTERM, and SIGUSR1 (Slurm's --signal), ask for a stop after the step; a second one ends the process at once."""
+    def ask(number, frame):
+        if _signals:
+            os._exit(128 + number)
+        _signals.append(number)
+    _signals.clear()
+    signal.signal(signal.SIGTERM, ask)
+    signal.signal(signal.SIGUSR1, ask)
+
+
+def stop_asked():
+    """Whether any rank got such a signal, the same answer on all ranks: the signal's name, or None."""
+    number = torch.tensor(_signals[0] if _signals else 0)
+    dist.all_reduce(number, dist.ReduceOp.MAX)
+    return signal.Signals(number.item()).name if number else None
+
+
+def describe(args, model, device):
+    """For the log: how the processes are used, and which attention kernel PyTorch takes."""
+    heads = model.config.num_heads // sequence.size()
+    q = torch.empty(1, heads, 256, model.config.dim // model.config.num_heads, dtype=compute_dtype(args, device), device=device)
+    ranks = dist.get_world_size()
+    mesh = f"{ranks} processes ({args.dp_replicate} copies of the weights, {sequence.size()} processes a clip)" if ranks > 1 else "1 process"
+    return f"{mesh} on {device.type}, {SDPBackend(torch._fused_sdp_choice(q, q, q)).name.lower().replace('_', ' ')}"
+
+
+def data_ranks():
+    return dist.get_world_size() // sequence.size()
 
 
 def share(batch):
     """This rank's part of a batch: (position in the whole batch, item) pairs."""
-    ranks = dist.get_world_size()
-    if len(batch) % ranks:
-        raise InputError(f"--batch_size {len(batch)} cannot be shared equally by {ranks} processes; use a multiple of {ranks}")
-    size = len(batch) // ranks
-    first = dist.get_rank() * size
+    groups = data_ranks()
+    if len(batch) % groups:
+        raise InputError(f"--batch_size {len(batch)} cannot be shared equally by {groups} processes; use a multiple of {groups}"
+                         if sequence.size() == 1 else
+                         f"--batch_size {len(batch)} cannot be shared equally by {groups} groups of --sp {sequence.size()} processes; "
+                         f"use a multiple of {groups}")
+    size = len(batch) // groups
+    first = dist.get_rank() // sequence.size() * size
     return [(first + i, batch[first + i]) for i in range(size)]
 
 
@@ -80,10 +167,12 @@ def deal(count):
     """This rank's numbers out of range(count), for work that is shared out one by one: (number, counts) pairs.
 
     All ranks get equally many, so that they meet in the same collectives. Where that is too many, the last number
-    comes up again, on another rank: that one does the work too, but it does not count.
+    comes up again, on another rank: that one does the work too, but it does not count. Of the ranks that share a
+    clip's tokens, all do the work and the first one's counts.
     """
-    numbers = range(dist.get_rank(), count + -count % dist.get_world_size(), dist.get_world_size())
-    return [(min(n, count - 1), n < count) for n in numbers]
+    groups = data_ranks()
+    numbers = range(dist.get_rank() // sequence.size(), count + -count % groups, groups)
+    return [(min(n, count - 1), n < count and sequence.rank() == 0) for n in numbers]
 
 
 def mean(values):
@@ -95,35 +184,79 @@ def mean(values):
 
 # ---------------------------------------------------------------------------------------------- sharding
 
-def shard(model, blocks, float32, device):
-    """Shard a model's parameters over all ranks (FSDP2): each block, each part that computes in float32, then the rest.
+def compute_dtype(args, device):
+    return {"bf16": torch.bfloat16, "float32": torch.float32, None: torch.bfloat16 if device.type == "cuda" else torch.float32}[args.compute_dtype]
 
-    On CUDA, parameters are gathered in bf16 for compute, and gradients are reduced in float32. `float32` lists the
-    modules that are gathered in float32 instead: time embedding, heads. Inputs are never cast, since modulation and
-    rotary angles are float32.
+
+def shard(model, blocks, float32, device, args):
+    """Compile a model's blocks and shard its parameters over the ranks (FSDP2): each block, each part that computes in
+    float32, then the rest.
+
+    Trained weights are float32; they are gathered in --compute_dtype, and gradients are reduced in float32. Frozen ones are
+    kept in --compute_dtype. `float32` lists the modules that stay float32: time embedding, heads. Inputs are never cast,
+    since modulation and rotary angles are float32. The model is still on the meta device and has no memory.
     """
+    ranks, heads, dtype = dist.get_world_size(), blocks[0].self_attn.num_heads, compute_dtype(args, device)
+    if args.dp_replicate < 1 or ranks % args.dp_replicate:
+        raise InputError(f"--dp_replicate {args.dp_replicate} does not divide the {ranks} processes; use one that does")
+    if heads % sequence.size():
+        raise InputError(f"--sp {sequence.size()} does not divide the model's {heads} heads; use one that does")
+    exempt = {parameter for module in float32 for parameter in module.parameters()}
+    for parameter in model.parameters():
+        if not parameter.requires_grad and parameter not in exempt:
+            parameter.data = parameter.data.to(dtype)
     # FSDP2 warns of outputs that are views, because an in-place write would lose their gradient; we have none.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    bf16 = torch.bfloat16 if device.type == "cuda" else None
-    policy = MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for module in float32:
-        fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
-    for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    return fully_shard(model, mesh=mesh, mp_policy=policy)
 
+    shape = (ranks,) if args.dp_replicate == 1 else (args.dp_replicate, ranks // args.dp_replicate)
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape):])
+    offload = CPUOffloadPolicy() if "weights" in args.offload and device.type == "cuda" else OffloadPolicy()
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in blocks if args.compile else ():
+        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
+    for module in float32:
+        fully_shard(module, mesh=mesh, offload_policy=offload, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+    for block in blocks:
+        fully_shard(block, mesh=mesh, offload_policy=offload, mp_policy=policy)
+    return fully_shard(model, mesh=mesh, offload_policy=offload, mp_policy=policy)
+
+
+def storage(args, device):
+    """Where a sharded model's weights lie between uses."""
+    return torch.device("cpu") if "weights" in args.offload else device
+
+
+def gathers(args, model, device):
+    """Whether --gather keeps a model's weights gathered during rollouts."""
+    if args.gather == "auto" and device.type == "cuda":
+        taken = sum(parameter.numel() for parameter in model.parameters()) * compute_dtype(args, device).itemsize
+        return taken < torch.cuda.get_device_properties(device).total_memory / 4 and "weights" not in args.offload
+    return args.gather != "no"
+
+
+@contextmanager
+def rollout(model, gathered):
+    """`with rollout(policy, True):` no gradient, and the weights stay gathered from step to step rather than a block at a time."""
+    parts = [module for module in model.modules() if isinstance(module, FSDPModule) and module is not model]
+    for part in parts:
+        part.set_reshard_after_forward(not gathered, recurse=False)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part in parts:
+            part.set_reshard_after_forward(True, recurse=False)
+            part.reshard()
+
+
+# ---------------------------------------------------------------------------------------------- optimization
 
 def clip_gradients(parameters, max_norm):
     """Scale the gradients to a norm of at most `max_norm`, after backward; returns the norm before, a number.
 
-    Raises on all ranks alike where the norm is not finite, before the optimizer could spread it.
     """
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-    norm = norm.full_tensor().item() if hasattr(norm, "full_tensor") else norm.item()
-    if not norm < float("inf"):
-        raise InputError(f"the gradient norm is {norm}; lower the learning rate or look at this step's clips")
-    return norm
+    return norm.full_tensor().item() if hasattr(norm, "full_tensor") else norm.item()
 
 
 def learning_rate_factor(step, args):
@@ -137,15 +270,17 @@ def learning_rate_factor(step, args):
 class EMA:
     """The exponential moving average of a model's trained parameters: average = decay * average + (1 - decay) * parameter."""
 
-    def __init__(self, model, decay):
-        self.model, self.decay = model, decay
+    def __init__(self, model, args):
+        self.model, self.decay = model, args.ema
         self.parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.average = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}  # float32 shards
+        if "ema" in args.offload:
+            self.average = {name: average.cpu() for name, average in self.average.items()}
 
     @torch.no_grad()
     def update(self):
         for name, parameter in self.parameters.items():
-            self.average[name].lerp_(parameter, 1 - self.decay)
+            self.average[name].lerp_(parameter.to(self.average[name].device), 1 - self.decay)
 
     @contextmanager
     def swapped(self):

@@ -2,15 +2,22 @@
 
     OUTPUT/run.json        the arguments, the commit, the versions
     OUTPUT/log.jsonl       one line a step, and one an evaluation
-    OUTPUT/checkpoints/    step_000200/, ...: all that resuming needs, the newest two
+    OUTPUT/checkpoints/    step_000200/, ...: all that resuming needs, the newest ones
+    OUTPUT/lock            held by the run while it lives, so that no second one writes here
 """
+import fcntl
 import json
+import math
+import os
 import re
 import resource
+import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -21,9 +28,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from tqdm import tqdm
 
 from files import InputError, is_main, read_json, remove, write_json, written_whole
-from parallel import share
-
-KEPT_CHECKPOINTS = 2
+from parallel import EXECUTION, share
 
 
 # ---------------------------------------------------------------------------------------------- checkpoints
@@ -33,10 +38,16 @@ def check_run(args):
     processes cannot share."""
     for name, smallest in [("steps", 1), ("batch_size", 1), ("accumulation", 1), ("num_queries", 1), ("gradient_steps", 1),
                            ("num_blocks", 1), ("lora_rank", 0), ("ema", 0), ("warmup", 0), ("shift", 1e-3), ("sft_ratio", 1e-3),
-                           ("rwr_temperature", 1e-6), ("samples", 0), ("sample_every", 0), ("save_every", 1), ("eval_every", 1)]:
+                           ("rwr_temperature", 1e-6), ("samples", 0), ("sample_every", 0), ("save_every", 1), ("eval_every", 1),
+                           ("keep", 1), ("timeout", 1e-3)]:
         value = getattr(args, name, None)
         if value is not None and (value < smallest or name == "ema" and value > 1):
             raise InputError(f"--{name} {value} is not possible; give {'0 to 1' if name == 'ema' else f'{smallest} or more'}")
+    for needed in ("save_attention", "offload inputs"):
+        if not args.checkpoint_blocks and (args.save_attention if needed == "save_attention" else "inputs" in args.offload):
+            raise InputError(f"--{needed} is about checkpointed blocks; add --checkpoint_blocks, or leave it out")
+    if args.save_attention and args.compile:
+        raise InputError("--save_attention cannot look into compiled blocks; leave it or --compile out")
     share(range(args.batch_size))
     found = checkpoints(args.output)
     if found and not args.resume:
@@ -45,7 +56,7 @@ def check_run(args):
         if not found:
             raise InputError(f"{args.output} holds no complete checkpoint to resume; start without --resume")
         before = read_json(Path(args.output, "run.json"))["arguments"]
-        free = ["resume", "output"] + ["steps"] * (args.lr_schedule == "constant")  # what may change within a run
+        free = ["output", *EXECUTION] + ["steps"] * (args.lr_schedule == "constant")  # what may change within a run
         changed = [name for name, value in vars(args).items()
                    if before.get(name) != value and name not in free and not name.endswith("_every")]
         if changed:
@@ -67,51 +78,119 @@ def state_of(model, optimizer, ema):
     return {"model": weights, "optimizer": optimizer_state, "ema": ema.average if ema else {}}
 
 
-def save_checkpoint(output, step, model, optimizer, ema=None):
-    """Write what resuming needs, whole or not at all: trained weights, their average, the optimizer's state, each rank its part.
+class Checkpoints:
+    """Saves a run while it goes on, and loads it again: trained weights, their average and the optimizer's state, each rank
+    its part; any number of ranks may read them. Nothing else has a state: learning rates, data order and random draws are
+    functions of the step.
 
-    Nothing else has a state: learning rates, data order and random draws are functions of the step.
+    A checkpoint is copied to the CPU's memory, written by a thread under another name, and appears whole by a rename.
     """
-    directory = Path(output, "checkpoints", f"step_{step:06d}")
-    beside = directory.with_name(f".{directory.name}.new")
-    state = state_of(model, optimizer, ema)
-    if is_main():
-        remove(beside)
-    dist.barrier()
-    try:
-        dcp.save(state, checkpoint_id=beside)
-    except BaseException as error:
+
+    def __init__(self, args, model, optimizer, ema=None):
+        self.directory, self.keep, self.trained = Path(args.output, "checkpoints"), args.keep, (model, optimizer, ema)
+        self.thread, self.pending = ThreadPoolExecutor(1), None
+        self.group = dist.new_group(backend="gloo")  # of its own, since the thread's messages must not meet the training's
+        claim(args.output)
+        for torn in self.directory.glob(".step_*.new") if is_main() else ():
+            remove(torn)
+        dist.barrier()
+
+    def load(self):
+        """Load the newest complete checkpoint in place; returns its step, 0 where there is none."""
+        found = checkpoints(self.directory.parent)
+        if not found:
+            return 0
+        state = state_of(*self.trained)
+        try:
+            dcp.load(state, checkpoint_id=found[max(found)])
+        except CheckpointException as error:
+            reasons = "; ".join(sorted({str(reason) for reason, _ in error.failures.values()}))
+            raise InputError(f"the checkpoint {found[max(found)]} is damaged ({reasons}); remove it to go on from the one before") from None
+        model, optimizer, _ = self.trained
+        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"],
+                       options=StateDictOptions(ignore_frozen_params=True, strict=False))
+        return max(found)
+
+    def save(self, step):
+        """Begin to write the state after `step` steps. Raises what went wrong with the checkpoint before."""
+        self.finish()
+        beside = self.directory / f".step_{step:06d}.new"
+        written = dcp.async_save(state_of(*self.trained), checkpoint_id=beside, process_group=self.group)
+        self.pending = self.thread.submit(self._publish, written, beside)
+
+    def _publish(self, written, beside):
+        directory = beside.with_name(beside.name[1:-4])
+        try:
+            written.result()
+        except BaseException as error:
+            if is_main():
+                remove(beside)
+            reasons = [reason for reason, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+            reasons = "; ".join(sorted({str(reason) for reason in reasons}))
+            raise OSError(f"the checkpoint {directory} could not be written ({reasons}); earlier ones are untouched") from None
         if is_main():
-            remove(beside)
-        if not isinstance(error, CheckpointException):
-            raise
-        reasons = [reason for reason, _ in error.failures.values()]
-        if any(isinstance(reason, KeyboardInterrupt) for reason in reasons):
-            raise KeyboardInterrupt from None
-        reasons = "; ".join(sorted({str(reason) for reason in reasons}))
-        raise OSError(f"the checkpoint {directory} could not be written ({reasons}); earlier ones are untouched") from None
+            remove(directory)  # of a run that went on from an earlier step
+            beside.rename(directory)
+            found = checkpoints(self.directory.parent)
+            for old in sorted(found)[:-self.keep]:
+                remove(found[old])
+
+    def check(self):
+        """Raise at once where writing has failed."""
+        if self.pending and self.pending.done():
+            self.finish()
+
+    def finish(self):
+        """Wait until the last checkpoint is whole."""
+        pending, self.pending = self.pending, None
+        if pending:
+            pending.result()
+
+
+_lock = None  # the open file of this process's run
+
+
+def claim(output):
+    """Refuse a second run in one directory. The lock goes with the process, however it ends."""
+    global _lock
+    if _lock:
+        _lock.close()  # an earlier run of this process
+    taken = [None]
     if is_main():
-        remove(directory)  # of a run that went on from an earlier step
-        beside.rename(directory)
-        for old in sorted(checkpoints(output))[:-KEPT_CHECKPOINTS]:
-            remove(checkpoints(output)[old])
-    dist.barrier()
+        Path(output).mkdir(parents=True, exist_ok=True)
+        _lock = open(Path(output, "lock"), "a+")
+        try:
+            fcntl.flock(_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock.truncate(0)
+            _lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+            _lock.flush()
+        except BlockingIOError:
+            _lock.seek(0)
+            taken = [_lock.read()]
+    dist.broadcast_object_list(taken)
+    if taken[0]:
+        raise InputError(f"{output} is in use by another run ({taken[0]}); wait for it, or choose another --output")
 
 
-def load_checkpoint(output, model, optimizer, ema=None):
-    """Load the newest complete checkpoint in place; returns its step, 0 where there is none."""
-    found = checkpoints(output)
-    if not found:
-        return 0
-    state = state_of(model, optimizer, ema)
-    try:
-        dcp.load(state, checkpoint_id=found[max(found)])
-    except CheckpointException as error:
-        reasons = "; ".join(sorted({str(reason) for reason, _ in error.failures.values()}))
-        raise InputError(f"the checkpoint {found[max(found)]} is damaged ({reasons}); remove it to go on from the one before") from None
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"],
-                   options=StateDictOptions(ignore_frozen_params=True, strict=False))
-    return max(found)
+def check_finite(norm, step, losses, args):
+    """Stop all ranks alike where a step's gradient norm is not finite, before the optimizer could spread it.
+
+    losses: a (loss, this rank's clips, k or None) for each micro-step. The sentence names the clips whose loss is not finite
+    and the command that shows the same step again: all draws are functions of the seed, and resuming is exact.
+    """
+    if math.isfinite(norm):
+        return
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, [f"clip {' '.join(clips)}" + (f" at k {k}" if k is not None else "")
+                                   for loss, clips, k in losses if not loss.isfinite()])
+    where = "; ".join(sorted({place for places in found for place in places})) or "though no loss is: it overflows in backward"
+    newest = max(checkpoints(args.output), default=0)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    nodes = f"--nnodes={dist.get_world_size() // local} " if dist.get_world_size() > local else ""
+    launcher = f"torchrun {nodes}--nproc_per_node={local}" if "RANK" in os.environ else "python"
+    resume = " --resume" if newest and "--resume" not in sys.argv else ""
+    raise InputError(f"step {step}: the gradient norm is {norm} ({where}; seed {args.seed}); lower --lr or look at these clips; to see "
+                     f"it again, from step {newest} on: {launcher} {shlex.join(sys.argv)}{resume}")
 
 
 # ---------------------------------------------------------------------------------------------- the log
@@ -119,15 +198,17 @@ def load_checkpoint(output, model, optimizer, ema=None):
 class Log:
     """One aligned line a step on the screen, and the same as a line of JSON in log.jsonl, by the main process."""
 
-    def __init__(self, output, args, steps, first_step, device):
-        self.steps, self.device, self.path, self.started = steps, device, Path(output, "log.jsonl"), time.time()
+    def __init__(self, args, first_step, device):
+        output = Path(args.output)
+        self.steps, self.device, self.path, self.started = args.steps, device, output / "log.jsonl", time.time()
+        self.thread, self.writing = ThreadPoolExecutor(1), []
         if not is_main():
             return
         with written_whole(self.path) as beside:
             beside.write_text("".join(kept_lines(self.path, first_step)))
         git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else None
-        write_json(Path(output, "run.json"), {"arguments": vars(args), "commit": commit, "torch": torch.__version__,
+        write_json(output / "run.json", {"arguments": vars(args), "commit": commit, "torch": torch.__version__,
                                               "processes": dist.get_world_size(), "device": str(device)})
 
     def __call__(self, step, **values):
@@ -153,6 +234,18 @@ class Log:
         if is_main():
             tqdm.write(line)
             sys.stdout.flush()
+
+    def later(self, write, *inputs):
+        """Call write(*inputs) in a thread, while training goes on; an error is raised by the next call, or by `finish`."""
+        for done in [future for future in self.writing if future.done()]:
+            self.writing.remove(done)
+            done.result()
+        self.writing.append(self.thread.submit(write, *inputs))
+
+    def finish(self):
+        """Wait until all is written."""
+        while self.writing:
+            self.writing.pop().result()
 
     def pause(self):
         """The next step's time and memory begin now: saving and sampling are no part of a step."""

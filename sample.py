@@ -25,7 +25,8 @@ import parallel
 from data import Encoder, condition_input, parse_size, read_image, read_list, to_uint8, write_video
 from files import InputError, read_json, write_json
 from model import WanModel
-from reward import PAVRM, REWARD_TIMESTEPS, check_fit, parse_tasks, process_logits
+from reward import PAVRM, check_fit
+from score import REWARD_TIMESTEPS, parse_tasks, process_logits
 from solver import SOLVERS, guided, timestep, walk
 
 PUBLISHED = {"t2v": dict(steps=50, shift=5.0, guidance=5.0, size=[832, 480], frames=81, fps=16),

@@ -113,7 +113,7 @@ def weights_of(path):
 @pytest.fixture
 def quick(world, monkeypatch):
     """The world without what costs time and has no part in most tests: checkpoints, and most timesteps of evaluation."""
-    monkeypatch.setattr(records, "save_checkpoint", lambda *_: None)
+    monkeypatch.setattr(records.Checkpoints, "save", lambda *_: None)
     monkeypatch.setattr(train_pavrm, "EVALUATION_TIMESTEPS", [600])
     return world
 
@@ -889,11 +889,11 @@ DRIVER = """
 import importlib, json, os
 import torch.distributed as dist
 import records
-save_checkpoint = records.save_checkpoint
+save = records.Checkpoints.save
 os.environ.pop("TORCHELASTIC_USE_AGENT_STORE")  # each run below meets at a port of its own
 for name, port, flags in json.loads(open("jobs.json").read()):
     os.environ["MASTER_PORT"] = str(port)
-    records.save_checkpoint = save_checkpoint if name == "train_prfl" else lambda *_: None  # the others are not resumed
+    records.Checkpoints.save = save if name == "train_prfl" else lambda *_: None  # the others are not resumed
     importlib.import_module(name).main(flags)
     dist.destroy_process_group()
 """

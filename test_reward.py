@@ -15,7 +15,8 @@ import reward
 from data import label, read_video, write_video
 from files import InputError
 from model import WanModel
-from reward import PAVRM, QueryAttention, bce_loss, bradley_terry_loss, classification_measures, measure, parse_tasks, reward_loss
+from reward import PAVRM, QueryAttention, bce_loss, bradley_terry_loss, reward_loss
+from score import attention_video, classification_measures, main, measure, parse_tasks
 from test_model import golden_inputs, tiny
 from test_vae import golden
 from testdata.golden import agree, draw, fill_
@@ -161,8 +162,8 @@ def test_several_queries_by_hand():
         found[..., part], weights = attention @ v[..., part], weights + attention / 8
     expected = (pool.multihead_attn.out_proj(found) + pool.queries).mean(1)
     assert torch.allclose(pool(tokens), expected, atol=1e-5)
-    assert torch.allclose(pool.weights(tokens), weights.mean(1), atol=1e-5)
-    assert torch.allclose(pool.weights(tokens).sum(1), torch.ones(2))
+    assert torch.allclose(pool.attend(tokens)[1].mean((1, 2)), weights.mean(1), atol=1e-5)
+    assert torch.allclose(pool.attend(tokens)[1].mean((1, 2)).sum(1), torch.ones(2))
 
 
 @pytest.mark.parametrize("pool, num_queries, pooled", [
@@ -234,7 +235,7 @@ def score(tmp_path, monkeypatch):
 
     def run(output, *flags):
         try:
-            reward.main([*flags, "--output", output])
+            main([*flags, "--output", output])
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
@@ -330,11 +331,11 @@ def test_the_heat_map_lies_where_the_query_looks(monkeypatch):
     """One latent frame is four frames of video (the first is one), one token a square of 16 pixels."""
     pavrm = PAVRM(WanModel.from_pretrained(ROOT / "demo/model"), 1)
     token = torch.tensor([16 * 2 + 4 * 1 + 3])  # of the third latent frame, second row, last column
-    monkeypatch.setattr(QueryAttention, "weights", lambda self, tokens: F.one_hot(token, tokens.shape[1]).float())
+    monkeypatch.setattr(QueryAttention, "attend", lambda self, tokens: (None, F.one_hot(token, tokens.shape[1]).float()[:, None, None]))
     clip = {"latents": draw((16, 5, 8, 8), 0), "condition": None, "clip": None, "text_short": draw((3, 64), 1),
             "entry": {"source_id": "a", "shape": (16, 5, 8, 8)}}
     black = torch.zeros(17, 64, 64, 3, dtype=torch.uint8)
-    hot = reward.attention_video(pavrm, pavrm.query_attention, clip, black, [600], 0, "cpu")[..., 0] > 150  # (T, H, W)
+    hot = attention_video(pavrm, pavrm.query_attention, clip, black, [600], 0, "cpu")[..., 0] > 150  # (T, H, W)
     assert hot.flatten(1).any(1).nonzero().flatten().tolist() == [5, 6, 7, 8]
     rows, columns = hot[5].nonzero().unbind(1)
     assert 16 <= rows.min() and rows.max() < 32 and 48 <= columns.min() and hot[5, 24, 56]
@@ -369,7 +370,7 @@ def test_published_files_are_converted(score, num_queries, capsys):
     assert config["num_layers"] == 3 and not any(name.startswith(("head.", "blocks.2")) for name in pavrm.dit.state_dict())
     files.save_weights("transformer", pavrm.dit.state_dict(), config)
     torch.save(pavrm.query_attention.state_dict(), "query_attention.pth"), torch.save(pavrm.mlp.state_dict(), "mlp.pth")
-    reward.main(["--convert", "transformer", "query_attention.pth", "mlp.pth", "--reward", "converted"])
+    main(["--convert", "transformer", "query_attention.pth", "mlp.pth", "--reward", "converted"])
     assert capsys.readouterr().out == "the reward model is in converted\n"
     loaded = PAVRM.from_pretrained("converted")
     assert len(loaded.dit.blocks) == 2 and loaded.tasks == ["motion_quality"]
@@ -377,4 +378,4 @@ def test_published_files_are_converted(score, num_queries, capsys):
         assert torch.equal(loaded(**INPUTS), pavrm(**INPUTS))
     torch.save({f"mlp.{name}": tensor for name, tensor in pavrm.mlp.state_dict().items()}, "mlp.pth")
     with pytest.raises(InputError, match="mlp.pth is a checkpoint of another model: fc1.weight is missing"):
-        reward.main(["--convert", "transformer", "query_attention.pth", "mlp.pth", "--reward", "other"])
+        main(["--convert", "transformer", "query_attention.pth", "mlp.pth", "--reward", "other"])

@@ -19,7 +19,8 @@ from data import (CLIP_FILE, NEGATIVE_PROMPT, T5_FILE, VAE_FILE, Encoder, faults
                   write_video)
 from files import InputError
 from model import WanModel
-from reward import PAVRM, process_logits
+from reward import PAVRM
+from score import process_logits
 from solver import UniPC
 
 from test_data import models as encoders  # noqa: F401, a fixture: {model type: directory}, the encoders alone

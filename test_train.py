@@ -336,17 +336,16 @@ def test_errors_are_one_sentence_and_an_exit_code(world):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("fault, raised", [(OSError(28, "No space left on device"), OSError), (KeyboardInterrupt(), KeyboardInterrupt)])
-def test_a_full_disk_or_ctrl_c_while_a_checkpoint_is_saved(world, monkeypatch, fault, raised):
+def test_a_full_disk_while_a_checkpoint_is_saved(world, monkeypatch):
     def full(self, path, mode):
         if mode == "wb":
-            raise fault
+            raise OSError(28, "No space left on device")
         return create_stream(self, path, mode)
 
     create_stream = FileSystem.create_stream
     run(train_prfl, "run", "--steps", "1", "--phases", "sft")
     monkeypatch.setattr(FileSystem, "create_stream", full)
-    with pytest.raises(raised, match="step_000002 could not be written .*No space left" if raised is OSError else None):
+    with pytest.raises(OSError, match="step_000002 could not be written .*No space left"):
         run(train_prfl, "run", "--steps", "2", "--phases", "sft", "--resume")
     assert [path.name for path in Path("run/checkpoints").iterdir()] == ["step_000001"]
 

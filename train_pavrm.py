@@ -28,11 +28,13 @@ import torch.distributed as dist
 
 import parallel
 import records
-from data import TASKS, Clips, Order, choose_caption, collate, label
+from data import TASKS, Clips, Order, ahead, choose_caption, collate, label
 from files import InputError, is_main, load_weights, write_json
 from lora import add_lora, start_lora
+from memory import block_runner
 from model import WanModel
-from reward import EVALUATION_TIMESTEPS, PAVRM, bce_loss, bradley_terry_loss, measure, score, table
+from reward import PAVRM, bce_loss, bradley_terry_loss
+from score import EVALUATION_TIMESTEPS, measure, score, table
 from solver import TrainingSchedule, add_noise
 
 
@@ -73,11 +75,8 @@ def parse_args(argv=None):
     parser.add_argument("--drop_prompt", type=float, default=0.0, help="probability of the empty prompt instead")
     parser.add_argument("--eval_timesteps", type=int, nargs="+", default=EVALUATION_TIMESTEPS, help="timesteps of evaluation")
     parser.add_argument("--eval_every", type=int, default=200, help="steps between evaluations; there is one at the end too")
-    parser.add_argument("--save_every", type=int, default=200, help="steps between checkpoints; there is one at the end too")
-    parser.add_argument("--checkpoint_blocks", action="store_true", help="keep only the blocks' inputs for backward and compute the "
-                        "rest again: a third slower, and what large models need")
-    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --output")
     parser.add_argument("--seed", type=int, default=0, help="of the data order, the noise and the start of heads and adapters")
+    parser.add_execution(save_every=200)
     return parser.parse_args(argv)
 
 
@@ -104,7 +103,7 @@ def main(argv=None):
     args = parse_args(argv)
     if args.head_lr is None:
         args.head_lr = {"ce": 1e-6, "bt": 1e-5}[args.loss]
-    device = parallel.start()
+    device = parallel.start(args.sp, args.timeout)
     records.check_run(args)
     if args.lora_rank and args.train_blocks is not None:
         raise InputError("--train_blocks and --lora_rank exclude each other: adapters train beside all blocks; give one of them")
@@ -134,32 +133,43 @@ def main(argv=None):
     else:
         for number, block in enumerate(dit.blocks):
             block.requires_grad_(args.train_blocks is None or number in args.train_blocks)
-    parallel.shard(pavrm, dit.blocks, [dit.time_embedding, dit.time_projection, *pavrm.heads], device)
-    dit.to_empty(device=device)
+    parallel.shard(pavrm, dit.blocks, [dit.time_embedding, dit.time_projection, *pavrm.heads], device, args)
+    dit.to_empty(device=parallel.storage(args, device))
     load_weights(dit, args.model, ignore=["head.", *(f"blocks.{i}." for i in range(num_blocks, layers))])
     start_lora(dit, args.seed)
-    dit.checkpoint_blocks = args.checkpoint_blocks
+    dit.run_block = block_runner(args, device)
 
     groups = [{"params": [p for p in dit.parameters() if p.requires_grad], "lr": args.lr},
               {"params": [p for head in pavrm.heads for p in head.parameters()], "lr": args.head_lr}]
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.999), weight_decay=args.weight_decay,
                                   fused=device.type == "cuda")
     rates = [group["lr"] for group in optimizer.param_groups]
-    ema = parallel.EMA(pavrm, args.ema) if args.ema else None
-    first_step = records.load_checkpoint(args.output, pavrm, optimizer, ema) if args.resume else 0
-    log = records.Log(args.output, args, args.steps, first_step, device)
+    ema = parallel.EMA(pavrm, args) if args.ema else None
+    checkpoints = records.Checkpoints(args, pavrm, optimizer, ema)
+    first_step = checkpoints.load() if args.resume else 0
+    log = records.Log(args, first_step, device)
+    log.say(parallel.describe(args, dit, device))
 
-    for step in range(first_step, args.steps):
-        optimizer.zero_grad()
-        micro_steps = range(step * args.accumulation, (step + 1) * args.accumulation)
-        # Every annotated label counts alike, on whichever rank and in whichever micro-step it is.
-        count = sum(annotated[items[n][0]].sum() for micro_step in micro_steps for n in order[micro_step])
-        totals = torch.zeros(3, 5, dtype=torch.float64)  # loss, right answers and their number, by fifths of the timesteps
-        for micro_step in micro_steps:
+    def load(step):
+        """The step's micro-batches: [(this process's part of it, its clips with the keys of their draws, what was read of them)]."""
+        batches = []
+        for micro_step in range(step * args.accumulation, (step + 1) * args.accumulation):
             share = parallel.share(order[micro_step])  # (place in the batch, item)
             # First the clips, or all better clips, then all worse ones, with the t and the noise of their pair.
             chosen = [(items[n][side], (args.seed, micro_step, place)) for side in range(len(items[0])) for place, n in share]
-            samples = [clips.load(i) for i, _ in chosen]
+            batches.append((share, chosen, [clips.load(i) for i, _ in chosen]))
+        return batches
+
+    parallel.stop_on_signals()
+    done, stopped_by = first_step, None
+    for step, batches in ahead(load, range(first_step, args.steps)):
+        optimizer.zero_grad()
+        # Every annotated label counts alike, on whichever rank and in whichever micro-step it is.
+        micro_steps = range(step * args.accumulation, (step + 1) * args.accumulation)
+        count = sum(annotated[items[n][0]].sum() for micro_step in micro_steps for n in order[micro_step])
+        step_losses = []
+        totals = torch.zeros(3, 5, dtype=torch.float64)  # loss, right answers and their number, by fifths of the timesteps
+        for share, chosen, samples in batches:
             x0, condition = collate(samples, dit.config, device)                                # (B, 16, F, H, W)
             texts = [choose_caption(sample, empty_prompt, args.long_caption, args.drop_prompt, *key)
                      for sample, (_, key) in zip(samples, chosen)]
@@ -174,7 +184,8 @@ def main(argv=None):
             else:
                 better, worse = logit.chunk(2)                                                  # (pairs, 1)
                 losses, right = bradley_terry_loss(better, worse, reduction="none"), better > worse
-            (losses.sum() / count * dist.get_world_size()).backward()  # gradients are averaged over the ranks
+            step_losses.append((losses.detach().sum(), [sample["entry"]["source_id"] for sample in samples], None))
+            (losses.sum() / count * parallel.data_ranks()).backward()  # gradients are averaged over them
             seen = annotated[[items[n][0] for _, n in share]]
             values = torch.stack([losses.detach().cpu(), right.cpu() & seen, seen]).sum(-1)      # (3, B or pairs)
             totals.index_add_(1, (t[:len(seen)].cpu() / 200).long().clamp(max=4), values.double())
@@ -182,6 +193,7 @@ def main(argv=None):
         for group, rate in zip(optimizer.param_groups, rates):
             group["lr"] = rate * factor
         norm = parallel.clip_gradients([p for p in pavrm.parameters() if p.requires_grad], args.max_norm)
+        records.check_finite(norm, step + 1, step_losses, args)
         optimizer.step()
         if ema:
             ema.update()
@@ -194,10 +206,18 @@ def main(argv=None):
         if done % args.eval_every == 0 or done == args.steps:
             with ema.swapped() if ema else nullcontext():
                 evaluate(pavrm, val_clips, val_items, args, device, done, log)
-        if done % args.save_every == 0 or done == args.steps:
-            records.save_checkpoint(args.output, done, pavrm, optimizer, ema)
+        stopped_by = parallel.stop_asked()
+        checkpoints.check()
+        if done % args.save_every == 0 or done == args.steps or stopped_by:
+            checkpoints.save(done)
         log.pause()
+        if stopped_by:
+            break
 
+    checkpoints.finish()
+    if stopped_by and done < args.steps:
+        log.say(f"stopped by {stopped_by} after step {done}; --resume goes on from there")
+        return
     with ema.swapped() if ema else nullcontext():
         pavrm.save_pretrained(Path(args.output, "reward"))
     log.say(f"the reward model is in {args.output}/reward")

@@ -26,6 +26,7 @@ Departures from the published code are listed in the README.
 import math
 from contextlib import nullcontext
 from copy import copy
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,11 +34,13 @@ import torch.distributed as dist
 
 import parallel
 import records
-from data import TASKS, VAE_FILE, Clips, Order, choose_caption, clip_statistics, collate, label, to_uint8, write_video
+from data import TASKS, VAE_FILE, Clips, Order, ahead, choose_caption, clip_statistics, collate, label, to_uint8, write_video
 from files import InputError, is_main, load_weights, open_safetensors, read_json, write_json, write_safetensors
 from lora import add_lora, save_adapter, start_lora, without_adapters
+from memory import block_runner
 from model import WanModel
-from reward import PAVRM, REWARD_TIMESTEPS, check_fit, parse_tasks, process_logits, reward_loss
+from reward import PAVRM, check_fit, reward_loss
+from score import REWARD_TIMESTEPS, parse_tasks, process_logits
 from solver import SOLVERS, TrainingSchedule, add_noise, flow_matching_target, guided, timestep, walk
 from vae import WanVAE
 
@@ -95,11 +98,10 @@ def parse_args(argv=None):
     parser.add_argument("--guidance", type=float, default=5.0, help="their guidance")
     parser.add_argument("--stop_below", nargs=2, metavar=("MEASURE", "SHARE"), help="stop when the samples' reward has risen and this "
                         "measure of them (motion_energy, contrast, saturation) is below this share of its start")
-    parser.add_argument("--save_every", type=int, default=50, help="iterations between checkpoints; there is one at the end too")
-    parser.add_argument("--checkpoint_blocks", action="store_true", help="keep only the blocks' inputs for backward and compute the "
-                        "rest again: a third slower, and what large models need")
-    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --output")
     parser.add_argument("--seed", type=int, default=0, help="of the data order, the noise and every other draw")
+    parser.add_argument("--gather", default="auto", choices=["auto", "yes", "no"], help="keep the policy's weights gathered during a "
+                        "rollout: faster, and more memory; auto: where they take less than a quarter of the GPU's")
+    parser.add_execution(save_every=50)
     return parser.parse_args(argv)
 
 
@@ -111,7 +113,7 @@ def sft_loss(velocity, x0, noise, sigma, t, weight=1.0):
     return (weight * error.square().flatten(1).mean(1)).mean()
 
 
-def rewarded_steps(velocity, pavrm, solver, x, ks, gradient_steps=1, judge="next", start=None):
+def rewarded_steps(velocity, pavrm, solver, x, ks, gradient_steps=1, judge="next", start=None, rollout=torch.no_grad):
     """Roll out from noise x (B, C, F, H, W) and have each step k of `ks` judged, one after the other.
 
     A rewarded step is done again without gradient where the rollout goes on to the next k.
@@ -123,7 +125,7 @@ def rewarded_steps(velocity, pavrm, solver, x, ks, gradient_steps=1, judge="next
     for k in sorted(ks):
         first = max(k - gradient_steps + 1, 0)
         if first > at:
-            with torch.no_grad():
+            with rollout():
                 x = walk(velocity, x, solver, at, first)
             at = first
         # `solver` remembers the steps before; a copy goes on from there, so that the rollout may continue without gradient.
@@ -164,7 +166,7 @@ def rewardable(words, steps):
 
 def main(argv=None):
     args = parse_args(argv)
-    device = parallel.start()
+    device = parallel.start(args.sp, args.timeout)
     records.check_run(args)
     sampling = args.sample_every if args.samples else 0
     if len(set(args.phases)) < len(args.phases):
@@ -194,10 +196,12 @@ def main(argv=None):
 
     # Shard each over all processes (the modules named one by one compute in float32), give each shard its memory, then
     # read the weights into it.
+    storage, run_block = parallel.storage(args, device), block_runner(args, device)
+
     def load_policy(model):
-        parallel.shard(model, model.blocks, [model.time_embedding, model.time_projection, model.head], device)
-        load_weights(model.to_empty(device=device), args.model)
-        model.checkpoint_blocks = args.checkpoint_blocks
+        parallel.shard(model, model.blocks, [model.time_embedding, model.time_projection, model.head], device, args)
+        load_weights(model.to_empty(device=storage), args.model)
+        model.run_block = run_block
         return model
 
     if args.lora_rank:
@@ -207,25 +211,33 @@ def main(argv=None):
     frozen = load_policy(WanModel.on_meta(args.model).requires_grad_(False)) if args.kl_weight and not args.lora_rank else policy
     if pavrm:
         dit = pavrm.dit
-        parallel.shard(pavrm, dit.blocks, [dit.time_embedding, dit.time_projection, *pavrm.heads], device)
-        load_weights(pavrm.to_empty(device=device), args.reward)
-        dit.checkpoint_blocks = args.checkpoint_blocks
+        parallel.shard(pavrm, dit.blocks, [dit.time_embedding, dit.time_projection, *pavrm.heads], device, args)
+        load_weights(pavrm.to_empty(device=storage), args.reward)
+        dit.run_block = run_block
 
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=device.type == "cuda")
-    ema = parallel.EMA(policy, args.ema) if args.ema else None
-    first_step = records.load_checkpoint(args.output, policy, optimizer, ema) if args.resume else 0
-    log = records.Log(args.output, args, args.steps, first_step, device)
+    ema = parallel.EMA(policy, args) if args.ema else None
+    checkpoints = records.Checkpoints(args, policy, optimizer, ema)
+    first_step = checkpoints.load() if args.resume else 0
+    log = records.Log(args, first_step, device)
     log.say(f"training {args.model} on {len(good)} clips, {len(clips) - len(good)} poor ones left out; "
-            f"sample videos go to {args.output}/samples")
+            f"sample videos go to {args.output}/samples; {parallel.describe(args, policy, device)}")
+    sft_count = max(round(args.accumulation * args.sft_ratio), 1)
 
-    def micro_batch(micro_step, phase):
+    def micro_steps(step, phase):
+        count = args.accumulation if phase == "reward" else sft_count
+        return range(step * count, (step + 1) * count)
+
+    def load(step):
+        needed = sorted({micro_step for phase in args.phases for micro_step in micro_steps(step, phase)})
+        return {micro_step: [clips.load(i) for _, i in parallel.share(order[micro_step])] for micro_step in needed}
+
+    def micro_batch(micro_step, phase, samples):
         """This process's part of a micro-step: x_0 and noise (B, C, F, H, W), the functions velocity(x, t, negative_prompt),
         start(x, t) and reward_logits(x, t) -> (B, labels) that know the clips' condition, and keys for further draws, one a
         clip. With --sft_ratio 1 both phases of an iteration see the same clips and captions."""
-        share = parallel.share(order[micro_step])  # (place in the batch, clip)
-        keys = [(args.seed, micro_step, place) for place, _ in share]
-        samples = [clips.load(i) for _, i in share]
+        keys = [(args.seed, micro_step, place) for place, _ in parallel.share(order[micro_step])]
         x0, condition = collate(samples, policy.config, device)
         texts = [choose_caption(sample, empty_prompt, args.long_caption, args.drop_prompt, *key) for sample, key in zip(samples, keys)]
         noise = torch.stack([parallel.noise(x0.shape[1:], *key, phase) for key in keys]).to(device)
@@ -245,16 +257,19 @@ def main(argv=None):
     if sampling and first_step == 0:
         evaluate(policy, pavrm, tasks, vae, val_clips, 0, args, device, log)
         log.pause()
-    for step in range(first_step, args.steps):
+    rollout = partial(parallel.rollout, policy, parallel.gathers(args, policy, device))
+    parallel.stop_on_signals()
+    done, stop, stopped_by = first_step, False, None
+    for step, samples in ahead(load, range(first_step, args.steps)):
         logged = {}
         for group in optimizer.param_groups:
             group["lr"] = args.lr * parallel.learning_rate_factor(step, args)
 
         for phase in [phase for phase in args.phases if phase != "reward"]:  # sft or rwr
             optimizer.zero_grad()
-            losses, count = [], max(round(args.accumulation * args.sft_ratio), 1)
-            for micro_step in range(step * count, (step + 1) * count):
-                x0, noise, velocity, _, reward_logits, keys = micro_batch(micro_step, "sft")
+            losses = []
+            for micro_step in micro_steps(step, "sft"):
+                x0, noise, velocity, _, reward_logits, keys = micro_batch(micro_step, "sft", samples[micro_step])
                 levels = [schedule.draw(parallel.uniform(*key, "timestep")) for key in keys]
                 sigma, t = (torch.tensor(column, dtype=torch.float32, device=device) for column in zip(*levels))    # (B,)
                 weight = 1.0
@@ -263,33 +278,35 @@ def main(argv=None):
                         reward = reward_of(reward_logits(add_noise(x0, noise, sigma), t), tasks)
                         weight = ((reward - sum(tasks.values())) / args.rwr_temperature).exp()                      # (B,), up to 1
                 loss = sft_loss(velocity, x0, noise, sigma, t, weight)
-                (loss / count).backward()
-                losses.append(loss.detach())
+                (loss / sft_count).backward()
+                losses.append((loss.detach(), names(samples[micro_step]), None))
             logged[f"{phase}_norm"] = parallel.clip_gradients(trained, args.max_norm)
+            records.check_finite(logged[f"{phase}_norm"], step + 1, losses, args)
             optimizer.step()
-            logged[f"{phase}_loss"] = parallel.mean(torch.stack(losses))
+            logged[f"{phase}_loss"] = parallel.mean(torch.stack([loss for loss, *_ in losses]))
 
         if "reward" in args.phases:
             optimizer.zero_grad()
-            losses, rewards, distances, ks = [], [], [], []
-            for micro_step in range(step * args.accumulation, (step + 1) * args.accumulation):
-                _, noise, velocity, start, reward_logits, _ = micro_batch(micro_step, "reward")
+            losses, rewards, distances = [], [], []
+            for micro_step in micro_steps(step, "reward"):
+                _, noise, velocity, start, reward_logits, _ = micro_batch(micro_step, "reward", samples[micro_step])
                 # The same k for all processes: with different ones they would meet in different collectives.
                 drawn = torch.randperm(len(choices), generator=parallel.generator(args.seed, micro_step, "k"))
                 drawn = [choices[i] for i in drawn[:args.rewards_per_rollout]]
                 solver = SOLVERS[args.solver](args.rollout_steps, args.shift)
                 for k, _, logits, distance in rewarded_steps(guided(velocity, args.rollout_guidance), reward_logits, solver, noise, drawn,
-                                                             args.gradient_steps, args.judge, start if args.kl_weight else None):
+                                                             args.gradient_steps, args.judge, start if args.kl_weight else None, rollout):
                     loss = sum(weight * reward_loss(logits[:, i], args.reward_weight, args.reward_form)
                                for i, weight in enumerate(tasks.values())) + args.kl_weight * distance
                     (loss / args.accumulation / len(drawn)).backward()
-                    losses.append(loss.detach())
+                    losses.append((loss.detach(), names(samples[micro_step]), k))
                     rewards.append(reward_of(logits.detach(), tasks).mean())
                     distances.append(distance.detach())
-                    ks.append(k)
             logged["reward_norm"] = parallel.clip_gradients(trained, args.max_norm)
+            records.check_finite(logged["reward_norm"], step + 1, losses, args)
             optimizer.step()
-            logged |= {"reward_loss": parallel.mean(torch.stack(losses)), "reward": parallel.mean(torch.stack(rewards)), "k": ks}
+            logged |= {"reward_loss": parallel.mean(torch.stack([loss for loss, *_ in losses])),
+                       "reward": parallel.mean(torch.stack(rewards)), "k": [k for *_, k in losses]}
             if args.kl_weight:
                 logged["kl"] = parallel.mean(torch.stack(distances))
 
@@ -297,16 +314,21 @@ def main(argv=None):
             ema.update()
         done = step + 1
         log(done, **logged, lr=optimizer.param_groups[0]["lr"])
-        stop = False
         if sampling and (done % sampling == 0 or done == args.steps):
             with ema.swapped() if ema else nullcontext():
                 stop = evaluate(policy, pavrm, tasks, vae, val_clips, done, args, device, log)
-        if done % args.save_every == 0 or done == args.steps or stop:
-            records.save_checkpoint(args.output, done, policy, optimizer, ema)
+        stopped_by = parallel.stop_asked()
+        checkpoints.check()
+        if done % args.save_every == 0 or done == args.steps or stop or stopped_by:
+            checkpoints.save(done)
         log.pause()
-        if stop:
+        if stop or stopped_by:
             break
 
+    checkpoints.finish(), log.finish()
+    if stopped_by and done < args.steps:
+        log.say(f"stopped by {stopped_by} after step {done}; --resume goes on from there")
+        return
     policy.save_pretrained(Path(args.output, "model"))
     if args.lora_rank:
         save_adapter(policy, Path(args.output, "adapter.safetensors"))
@@ -316,6 +338,10 @@ def main(argv=None):
             if args.lora_rank:
                 save_adapter(policy, Path(args.output, "adapter_ema.safetensors"))
     log.say(f"the trained model is in {args.output}/model")
+
+
+def names(samples):
+    return [sample["entry"]["source_id"] for sample in samples]
 
 
 def reward_of(logits, tasks):
@@ -364,7 +390,7 @@ def evaluate(policy, pavrm, tasks, vae, clips, step, args, device, log):
         names, rows = list(measures), rows if len(rows) else torch.zeros(min(args.samples, len(clips)), len(measures))
         if counts:
             rows[n] = torch.tensor(list(measures.values()))
-            write_video(directory / f"{n}.mp4", video, sample["entry"].get("fps", 16))
+            log.later(write_video, directory / f"{n}.mp4", video, sample["entry"].get("fps", 16))
     dist.all_reduce(rows)  # each rank has zeros where others have worked
     measures = {name: value for name, value in zip(names, rows.mean(0).tolist()) if not math.isnan(value)}
     log.write({"step": step, "evaluation": measures})
