@@ -22,6 +22,8 @@ def block_runner(args, device):
             lambda ctx, op, *inputs, **options: CheckpointPolicy.MUST_SAVE if op in kernels else CheckpointPolicy.PREFER_RECOMPUTE)
 
     def run_block(block, x, *rest):
+        if args.compile and torch.is_grad_enabled() and not x.requires_grad:
+            x = x.detach().requires_grad_()  # with adapters the first block's input takes no gradient: one graph more for that alone
         if args.checkpoint_blocks and torch.is_grad_enabled():
             with offload.of(x) if offload else nullcontext():
                 more = {"context_fn": contexts} if args.save_attention else {}

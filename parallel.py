@@ -212,6 +212,7 @@ def shard(model, blocks, float32, device, args):
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape):])
     offload = CPUOffloadPolicy() if "weights" in args.offload and device.type == "cuda" else OffloadPolicy()
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    torch._dynamo.config.recompile_limit = 64  # a graph for each resolution, with and without gradient, frozen or trained
     for block in blocks if args.compile else ():
         block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
     for module in float32:

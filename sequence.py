@@ -81,22 +81,24 @@ exchange.register_autograd(lambda ctx, grad: (exchange(grad, ctx.join, ctx.cut),
 # ---------------------------------------------------------------------------------------------- over all tokens
 
 class Gather(torch.autograd.Function):
+    """(N, ...) on each rank -> (ranks * N, ...), in the ranks' order, on all."""
+
     @staticmethod
     def forward(ctx, x):
-        out = x.new_empty(size(), *x.shape)
+        out = x.new_empty(size() * len(x), *x.shape[1:])
         dist.all_gather_into_tensor(out, x.contiguous(), group=group)
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        out = grad.new_empty(grad.shape[1:])
+        out = grad.new_empty(len(grad) // size(), *grad.shape[1:])
         dist.reduce_scatter_tensor(out, grad.contiguous(), group=group)
         return out
 
 
 def gather(x, length):
     """(B, L / n, D) of this rank's tokens -> (B, L, D) of all `length` tokens, on every rank."""
-    return x if size() == 1 else torch.cat(Gather.apply(x).unbind(), 1)[:, :length]
+    return x if size() == 1 else torch.cat(Gather.apply(x).chunk(size()), 1)[:, :length]
 
 
 class Sum(torch.autograd.Function):
