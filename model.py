@@ -281,7 +281,7 @@ class WanModel(nn.Module):
             x = torch.cat([x, y.to(x.dtype)], dim=1)                   # (B, in_dim, F, H, W)
         x = self.patch_embedding(x.to(dtype))                          # (B, D, F, H/2, W/2)
         grid = tuple(x.shape[2:])
-        x = rearrange(x, "b d f h w -> b (f h w) d")                   # (B, L, D)
+        x = rearrange(x, "b d f h w -> b (f h w) d").contiguous()      # (B, L, D): the residual stream keeps this layout
 
         if t.ndim == 1:
             t = t[:, None]  # one timestep a clip: everything below keeps a token axis of 1 and broadcasts
