@@ -117,8 +117,8 @@ def rotary_table(grid, head_dim, device):
 
 def rotate(x, cos, sin):
     """Turn each adjacent pair of channels of x (B, L, heads, head_dim) by its token's angle, in float32."""
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)                 # (B, L, heads, head_dim / 2)
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))    # (B, L, heads, head_dim / 2): one product turns them
+    return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).to(x.dtype)
 
 
 def attention(q, k, v):
