@@ -118,8 +118,13 @@ def rotary_table(grid, head_dim, device):
 
 def rotate(x, cos, sin):
     """Turn each adjacent pair of channels of x (B, L, heads, head_dim) by its token's angle, in float32."""
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)                 # (B, L, heads, head_dim / 2)
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
+    pairs = x.float().unflatten(-1, (-1, 2))                           # (B, L, heads, head_dim / 2, 2)
+    if torch.compiler.is_compiling():  # fuses this, but has no complex numbers, with which eager code is fastest
+        a, b = pairs.unbind(-1)
+        turned = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    else:
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))
+    return turned.flatten(-2).to(x.dtype)
 
 
 def attention(q, k, v):
@@ -286,7 +291,9 @@ class WanModel(nn.Module):
             x = torch.cat([x, y.to(x.dtype)], dim=1)                   # (B, in_dim, F, H, W)
         x = self.patch_embedding(x.to(dtype))                          # (B, D, F, H/2, W/2)
         grid = tuple(x.shape[2:])
-        x = sequence.split(rearrange(x, "b d f h w -> b (f h w) d"))   # (B, L, D); L counts this rank's tokens from here on
+        # (B, L, D), laid out as that: a layout left over from the convolution makes every layer slower. With sequence
+        # parallelism L counts this rank's tokens from here on.
+        x = sequence.split(rearrange(x, "b d f h w -> b (f h w) d")).contiguous()
 
         # One timestep a clip: everything below keeps a token axis of 1 and broadcasts.
         t = t[:, None] if t.ndim == 1 else sequence.split(t)
