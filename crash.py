@@ -30,10 +30,18 @@ FLAGS = ["--model", ROOT / "demo/model", "--reward", ROOT / "demo/reward", "--da
          "--accumulation", "1", "--rollout_steps", "4", "--samples", "0", "--lr", "1e-4", "--ema", "0.9", "--timeout", "2"]
 
 
+def free_port():
+    """Below those that the system hands out, which another process might get in the meantime."""
+    while True:
+        port = random.randrange(20000, 32000)
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):
+                return port
+
+
 def start(output, steps, *flags, processes=2):
     """A run's processes, without torchrun between us and them; what they print goes to `output`.txt."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+    port = free_port()
     everywhere = {**os.environ, "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
                   "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, ROOT / "train_prfl.py", *FLAGS, "--output", output, "--steps", str(steps), *flags]
@@ -94,7 +102,7 @@ def bytes_of(output):
     return {str(path.relative_to(output)): path.read_bytes() for path in sorted(Path(output).rglob("*.safetensors"))}
 
 
-def crash(kills, steps, seed=0):
+def crash(kills, steps, seed=0, reshard=True):
     """Do all of it in the current directory; raises InputError where something is lost. Returns how many kills there were."""
     moments = random.Random(seed)
     whole = finish("whole", steps, "--save_every", "2")
@@ -110,7 +118,7 @@ def crash(kills, steps, seed=0):
         raise InputError("the killed run is not the whole one; look at killed/ and whole/")
 
     # The whole run goes on in one process, then in two again, the other one the other way round.
-    for processes in (1, 2):
+    for processes in (1, 2) if reshard else ():
         steps += 1
         one, other = (finish(output, steps, "--resume", processes=count)[-1] for output, count in (("whole", processes), ("killed", 3 - processes)))
         for name in ("sft_loss", "reward_loss", "reward"):

@@ -81,24 +81,26 @@ exchange.register_autograd(lambda ctx, grad: (exchange(grad, ctx.join, ctx.cut),
 # ---------------------------------------------------------------------------------------------- over all tokens
 
 class Gather(torch.autograd.Function):
-    """(N, ...) on each rank -> (ranks * N, ...), in the ranks' order, on all."""
+    """(B, L / n, D) -> (B, L, D), in the ranks' order."""
 
     @staticmethod
     def forward(ctx, x):
-        out = x.new_empty(size() * len(x), *x.shape[1:])
-        dist.all_gather_into_tensor(out, x.contiguous(), group=group)
-        return out
+        x = x.contiguous()
+        parts = [torch.empty_like(x) for _ in range(size())]
+        dist.all_gather(parts, x, group=group)
+        return torch.cat(parts, 1)
 
     @staticmethod
     def backward(ctx, grad):
-        out = grad.new_empty(len(grad) // size(), *grad.shape[1:])
-        dist.reduce_scatter_tensor(out, grad.contiguous(), group=group)
+        parts = [part.contiguous() for part in grad.chunk(size(), 1)]
+        out = torch.empty_like(parts[0])
+        dist.reduce_scatter(out, parts, group=group)
         return out
 
 
 def gather(x, length):
     """(B, L / n, D) of this rank's tokens -> (B, L, D) of all `length` tokens, on every rank."""
-    return x if size() == 1 else torch.cat(Gather.apply(x).chunk(size()), 1)[:, :length]
+    return x if size() == 1 else Gather.apply(x)[:, :length]
 
 
 class Sum(torch.autograd.Function):

@@ -1,6 +1,5 @@
 """One process or several, whatever shares what: the same losses, gradients and weights. And how sequences are shared."""
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -27,31 +26,24 @@ MESHES = {"dp2": (2, []), "sp2": (2, ["--sp", "2"]), "replicate2": (2, ["--dp_re
           "replicate2_sp2": (4, ["--dp_replicate", "2", "--sp", "2"])}
 
 DRIVER = """
-import importlib, json, os, sys
+import importlib, json, os
 import torch.distributed as dist
 import records
 records.Checkpoints.save = lambda *_: None  # resuming is tested elsewhere
-for name, port, flags in json.load(open("jobs.json")):
-    os.environ["MASTER_PORT"] = str(port)
+dist.init_process_group("gloo")
+dist.init_process_group = lambda *_, **__: None  # the processes stay together from run to run
+for name, flags in json.load(open("jobs.json")):
     importlib.import_module(name).main(flags)
-    dist.destroy_process_group()
 """
 
 
 def spawn(processes, jobs):
-    """Run [(script, flags)] one after the other, each in all of `processes` processes; returns what they printed."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in jobs]
-    files.write_json("jobs.json", [(script.__name__, each.getsockname()[1], flags) for (script, flags), each in zip(jobs, sockets)])
-    for each in sockets:
-        each.close()
+    """Run [(script, flags)] one after the other, each in all of `processes` processes."""
+    files.write_json("jobs.json", [(script.__name__, flags) for script, flags in jobs])
     Path("driver.py").write_text(DRIVER)
-    ranks = [subprocess.Popen([sys.executable, "driver.py"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                              env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
-                                   "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"})
-             for rank in range(processes)]
-    printed = [rank.communicate(timeout=900)[0] for rank in ranks]
-    assert not any(rank.returncode for rank in ranks), "\n".join(printed)[-4000:]
-    return printed
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone", "driver.py"],
+                          capture_output=True, text=True, timeout=900, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 @pytest.fixture
@@ -103,3 +95,148 @@ def test_clips_and_tokens_are_shared_alike(odd_world):
 @pytest.mark.full
 def test_every_mesh(odd_world):
     compare(MESHES, RUNS)
+
+
+# ---------------------------------------------------------------------------------------------- sequences
+
+def test_what_cannot_be_shared(world, monkeypatch):
+    with pytest.raises(InputError, match="--sp 2 does not divide the 1 processes"):
+        run(train_prfl, "run", "--sp", "2")
+    with pytest.raises(InputError, match="--dp_replicate 3 does not divide the 1 processes"):
+        run(train_prfl, "run", "--dp_replicate", "3")
+    monkeypatch.setattr(sequence, "size", lambda: 3)
+    monkeypatch.setattr(parallel, "data_ranks", lambda: 1)
+    with pytest.raises(InputError, match="--sp 3 does not divide the model's 4 heads"):
+        run(train_prfl, "run")
+
+
+def test_tokens_are_split_with_padding(monkeypatch):
+    x, parts, real = torch.arange(1.0, 6).view(1, 5, 1).expand(2, 5, 3), [], []
+    monkeypatch.setattr(sequence, "size", lambda: 4)
+    for rank in range(4):
+        monkeypatch.setattr(sequence, "rank", lambda: rank)
+        parts.append(sequence.split(x))
+        real.append(sequence.present(5, "cpu"))
+    assert [part.shape for part in parts] == [(2, 2, 3)] * 4
+    joined = torch.cat(parts, 1)
+    assert torch.equal(joined[:, :5], x) and not joined[:, 5:].any()
+    assert torch.cat(real).tolist() == [True] * 5 + [False] * 3
+
+
+# ---------------------------------------------------------------------------------------------- memory and speed
+
+def test_offloaded_inputs_and_saved_attention_change_nothing(world, monkeypatch):
+    """Each block's input goes away once and comes back once; buffers are used again; what is saved is not computed twice."""
+    offloads, init = [], memory.Offload.__init__
+    monkeypatch.setattr(memory.Offload, "__init__", lambda self, device: offloads.append(self) or init(self, device))
+    plain = numbers(run(train_prfl, "plain", "--steps", "2"))
+    counts = {}
+    for name, flags in {"checkpointed": [], "offloaded": ["--offload", "inputs"], "attention": ["--save_attention"]}.items():
+        with Calls("_scaled_dot_product") as counted:
+            assert numbers(run(train_prfl, name, "--steps", "2", "--checkpoint_blocks", *flags)) == plain
+        counts[name] = counted.backward
+    assert counts["offloaded"] == counts["checkpointed"] > 0 and counts["attention"] == 0
+    (offload,) = offloads
+    assert not offload.away and sum(map(len, offload.free.values())) == 5  # policy's three blocks and PAVRM's two
+
+
+class Calls(TorchDispatchMode):
+    """Counts the calls of operators of a name: in all, and of forward operators during backward."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.name, self.all, self.backward = name, 0, 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if self.name in str(op) and "backward" not in str(op):
+            self.all += 1
+            self.backward += torch._C._current_autograd_node() is not None
+        return op(*args, **(kwargs or {}))
+
+
+def test_at_most_three_graphs_and_none_after_the_second_step(world, monkeypatch):
+    """Counted with a backend that runs them as they are: the policy with and without gradient, and the reward model."""
+    counter, compiled, after = CompileCounter(), torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compiled(function, backend=counter, **options))
+    check = records.check_finite
+    monkeypatch.setattr(records, "check_finite", lambda *inputs: after.append(counter.frame_count) or check(*inputs))
+    plain = numbers(run(train_prfl, "plain", "--steps", "4"))
+    for name, flags in {"full": [], "lora": ["--lora_rank", "4"]}.items():
+        torch._dynamo.reset()
+        counter.frame_count = 0
+        after.clear()
+        log = numbers(run(train_prfl, name, "--steps", "4", "--compile", "--checkpoint_blocks", *flags))
+        assert 2 <= counter.frame_count <= 3 and after[3] == after[-1] == counter.frame_count  # two checks a step
+        if name == "full":
+            for a, b in zip(plain, log):
+                assert b.pop("k") == a.pop("k") and b == pytest.approx(a, rel=1e-3)
+
+
+def test_the_rollout_waits_for_nothing(world):
+    """No value is read back from the device, so that the CPU runs ahead of it."""
+    policy, pavrm = tiny(), fill_pavrm(tiny().config, 2, 3, 4)
+    texts = [draw((5, 8), 30)]
+    inputs = (lambda x, t: policy(x, t, texts), lambda x, t: pavrm(x, t, texts), UniPC(6, 5.0), draw((1, 16, 2, 4, 4), 5), [3])
+    with Calls("_local_scalar_dense") as counted:
+        (_, _, logit, _), = train_prfl.rewarded_steps(*inputs)
+        assert counted.all == 0
+        logit.item()
+    assert counted.all == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_the_rollout_waits_for_nothing_on_cuda():
+    policy = tiny().cuda()
+    texts, x, t = [draw((5, 8), 30).cuda()], draw((1, 16, 2, 4, 4), 5).cuda(), torch.full((1,), 500.0, device="cuda")
+    with torch.no_grad():
+        policy(x, t, texts)  # makes the rotary table
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            walk(lambda x, t: policy(x, t, texts), x, UniPC(6, 5.0), 0, 3)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_weights_stay_gathered_during_a_rollout(world):
+    """In units of what one forward gathers, a rollout of four steps gathers once or four times."""
+    parallel.start()
+    args = train_prfl.parse_args([])
+    with torch.device("meta"):
+        policy = WanModel(TINY)
+    parallel.shard(policy, policy.blocks, [policy.time_embedding, policy.time_projection, policy.head], torch.device("cpu"), args)
+    policy.to_empty(device="cpu")
+    fill_({name: tensor.to_local() for name, tensor in policy.state_dict().items()}, 0)
+    inputs = dict(t=torch.tensor([500.0]), context=[draw((3, 8), 2)])
+    counts, results = {}, []
+    for gathered in (True, False):
+        with Calls("_allgather_base_") as counted, parallel.rollout(policy, gathered):
+            x = draw((1, 16, 2, 4, 4), 1)
+            for _ in range(4):
+                x = policy(x, **inputs)
+        counts[gathered] = counted.all
+        results.append(x)
+        policy(draw((1, 16, 2, 4, 4), 1), **inputs).sum().backward()  # and training goes on
+    assert torch.equal(*results) and counts[True] == 7 and counts[False] > 3 * 6  # three blocks, three float32 parts, the rest
+
+
+@pytest.mark.parametrize("flags", [[], ["--lora_rank", "4", "--checkpoint_blocks"], ["--bf16_residual"]])
+def test_bf16_compute_stays_near_float32(world, monkeypatch, flags):
+    """Frozen weights are kept in bf16, trained ones in float32; heads and time embedding in float32 in any case."""
+    models, shard = [], parallel.shard
+    monkeypatch.setattr(parallel, "shard", lambda model, *rest: models.append(model) or shard(model, *rest))
+    exact = steps(run(train_prfl, "exact", "--steps", "3"))
+    models.clear()
+    rough = steps(run(train_prfl, "rough", "--steps", "3", "--compute_dtype", "bf16", *[flag for flag in flags if "lora" not in flag and flag != "4"]))
+    for a, b in zip(exact, rough):
+        assert [b[name] for name in ("sft_loss", "reward_loss", "reward")] == pytest.approx([a[name] for name in ("sft_loss", "reward_loss", "reward")], rel=0.02)
+        assert a["sft_loss"] != b["sft_loss"]
+    policy, pavrm = models
+    assert all(parameter.dtype == torch.float32 for parameter in policy.parameters())
+    dtypes = {name: parameter.dtype for name, parameter in pavrm.named_parameters()}
+    assert dtypes["dit.blocks.0.ffn.0.weight"] == dtypes["dit.patch_embedding.weight"] == torch.bfloat16
+    assert dtypes["mlp.fc1.weight"] == dtypes["dit.time_embedding.0.weight"] == dtypes["query_attention.queries"] == torch.float32
+    if "--lora_rank" in flags:
+        run(train_prfl, "lora", "--steps", "1", "--compute_dtype", "bf16", *flags)
+        dtypes = {name: parameter.dtype for name, parameter in models[2].named_parameters()}
+        assert dtypes["blocks.0.self_attn.q.weight"] == torch.bfloat16 and dtypes["blocks.0.self_attn.q.lora_A.weight"] == torch.float32
+        assert {tensor.dtype for tensor in load_file("lora/model/diffusion_pytorch_model.safetensors").values()} == {torch.float32}

@@ -1,6 +1,7 @@
 """Both training stages: the official PRFL values, exact resume, one process or two, and what they must refuse."""
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,8 @@ def world(tmp_path, monkeypatch):
                       "labels": {"physics_quality": i % 2, "human_quality": 1}, "shape": [16, 2, 4, 4], "fps": 16})
     write_index(lines)
     yield lines
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # which the scripts take over
+        signal.signal(number, signal.SIG_DFL)
     if dist.is_initialized():
         dist.destroy_process_group()
 
