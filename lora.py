@@ -72,11 +72,11 @@ def without_adapters(module):
 
 @torch.no_grad()
 def merged_state(module):
-    """The state dict under its official names, W + (alpha / rank) B A in place of W where there is an adapter."""
+    """The state dict under its official names, with W + (alpha / rank) B A, float32, in place of W where there is an adapter."""
     state = {name: tensor for name, tensor in module.state_dict().items() if ".lora_" not in name}
     for name, layer in adapters(module).items():
         update = layer.scale * (layer.lora_B.weight @ layer.lora_A.weight)
-        state[f"{name}.weight"] = (layer.weight.float() + update).to(layer.weight.dtype)
+        state[f"{name}.weight"] = layer.weight.float() + update
     return state
 
 

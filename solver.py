@@ -76,6 +76,7 @@ class Euler:
     def __init__(self, steps, shift):
         self.sigmas = shifted(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).float()
         self.timesteps = 1000 * self.sigmas[:-1]
+        self._t = self.timesteps.tolist()
         self._sigmas = self.sigmas.tolist()
 
     def step(self, v, i, x):
@@ -94,6 +95,7 @@ class Multistep:
         grid = torch.linspace(largest, 0, steps + 1, dtype=torch.float64)[:-1]
         sigmas = shifted(grid, shift)
         self.timesteps = (1000 * sigmas).long()
+        self._t = self.timesteps.tolist()
         self.sigmas = torch.cat([sigmas, torch.zeros(1)]).float()
         self._s = self.sigmas.tolist()
         self._lambda = [math.inf if s == 0 else -math.inf if s == 1 else math.log((1 - s) / s) for s in self._s]
@@ -201,4 +203,4 @@ def walk(velocity, x, solver, first=0, last=None, progress=None):
 
 def timestep(solver, i, x):
     """The timestep (B,) of step i, for x (B, ...)."""
-    return torch.full((len(x),), float(solver.timesteps[i]), device=x.device)
+    return torch.full((len(x),), float(solver._t[i]), device=x.device)

@@ -151,4 +151,4 @@ def test_adapters_beside_bf16_weights():
             parameter.data = parameter.data.bfloat16()
         out = model(**INPUTS)
     assert out.dtype == torch.float32 and (out - expected).abs().max() < 0.05 * expected.abs().max()
-    assert merged_state(model)["blocks.0.self_attn.q.weight"].dtype == torch.bfloat16
+    assert merged_state(model)["blocks.0.self_attn.q.weight"].dtype == torch.float32  # small updates survive

@@ -219,7 +219,7 @@ def main(argv=None):
         log.say(f"stopped by {stopped_by} after step {done}; --resume goes on from there")
         return
     with ema.swapped() if ema else nullcontext():
-        pavrm.save_pretrained(Path(args.output, "reward"))
+        pavrm.save_pretrained(Path(args.output, "reward"), torch.float32)
     log.say(f"the reward model is in {args.output}/reward")
 
 

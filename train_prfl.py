@@ -329,12 +329,12 @@ def main(argv=None):
     if stopped_by and done < args.steps:
         log.say(f"stopped by {stopped_by} after step {done}; --resume goes on from there")
         return
-    policy.save_pretrained(Path(args.output, "model"))
+    policy.save_pretrained(Path(args.output, "model"), torch.float32)
     if args.lora_rank:
         save_adapter(policy, Path(args.output, "adapter.safetensors"))
     if ema:
         with ema.swapped():
-            policy.save_pretrained(Path(args.output, "model_ema"))
+            policy.save_pretrained(Path(args.output, "model_ema"), torch.float32)
             if args.lora_rank:
                 save_adapter(policy, Path(args.output, "adapter_ema.safetensors"))
     log.say(f"the trained model is in {args.output}/model")
