@@ -7,6 +7,7 @@ Everything the project loads or saves passes through here, so two promises are k
 * what is saved appears whole or not at all: it is written beside its place, flushed to the disk, then renamed.
 """
 import json
+import math
 import os
 import shutil
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 SHARD_BYTES = 5 * 1000**3  # the size at which the official checkpoints are cut
 
@@ -63,12 +64,14 @@ def weight_files(path):
 
 
 def read_weights(path):
-    """Yield (name, shape, read) for every tensor at `path`; `read()` returns the tensor, memory-mapped where possible."""
+    """Yield (name, shape, read) for every tensor at `path`; `read(rows)` returns a slice of its first axis from the file, and
+    `read()` all of it."""
     for file in weight_files(path):
         if file.suffix == ".safetensors":
             with open_safetensors(file) as tensors:
                 for name in tensors.keys():
-                    yield name, tuple(tensors.get_slice(name).get_shape()), lambda name=name: tensors.get_tensor(name)
+                    yield name, tuple(tensors.get_slice(name).get_shape()), lambda rows=None, name=name: (
+                        tensors.get_tensor(name) if rows is None else tensors.get_slice(name)[rows])
         else:
             try:
                 state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
@@ -78,7 +81,7 @@ def read_weights(path):
                 raise InputError(f"{file} is damaged or holds more than tensors and was not loaded "
                                  f"({type(error).__name__}: {reason}); use the official file") from None
             for name, shape in shapes.items():
-                yield name, shape, lambda name=name: state[name]
+                yield name, shape, lambda rows=None, name=name: state[name] if rows is None else state[name][rows]
 
 
 def weight_shapes(path):
@@ -92,7 +95,7 @@ def load_weights(module, path, prefix="", ignore=()):
 
     `prefix` selects and strips a prefix of the file's names (CLIP's file holds two towers); names that start with
     one of `ignore` are passed over (a reward model has no use for the transformer's head). Parameters that
-    `fully_shard` has turned into DTensors take this rank's part. Never holds more than the module and one file.
+    `fully_shard` has turned into DTensors read this rank's part alone. Never holds more than the module and one tensor.
     """
     def wanted(name):
         return name.startswith(prefix) and not name.removeprefix(prefix).startswith(tuple(ignore))
@@ -109,8 +112,20 @@ def load_weights(module, path, prefix="", ignore=()):
                          f"give the directory or file that matches the configuration")
     for name, _, read in read_weights(path):
         if wanted(name):
-            fill(ours[name.removeprefix(prefix)], read())
+            tensor = ours[name.removeprefix(prefix)]
+            rows = own_rows(tensor)
+            fill(tensor, read()) if rows is None else tensor.to_local().copy_(read(rows))
     return module
+
+
+def own_rows(tensor):
+    """The slice of the first axis that this rank holds of a tensor sharded along it; None of any other."""
+    if not isinstance(tensor, DTensor) or Shard(0) not in tensor.placements:
+        return None
+    axis = tensor.placements.index(Shard(0))
+    rows = math.ceil(len(tensor) / tensor.device_mesh.size(axis))
+    first = tensor.device_mesh.get_local_rank(axis) * rows
+    return slice(min(first, len(tensor)), min(first + rows, len(tensor)))
 
 
 @torch.no_grad()

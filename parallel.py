@@ -57,6 +57,8 @@ class Parser(argparse.ArgumentParser):
                            "coming as it runs; the average")
         group.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --output")
         group.add_argument("--save_every", type=int, default=save_every, help="steps between checkpoints; there is one at the end too")
+        group.add_argument("--export_every", type=int, default=0, help="steps between results in the official layout, in OUTPUT/exports; "
+                           "0: at the end alone")
         group.add_argument("--keep", type=int, default=2, help="checkpoints that are kept, the newest")
         group.add_argument("--timeout", type=float, default=10, help="minutes after which a rank gives up waiting for the others")
         numbers = self.add_argument_group("how precisely")
@@ -66,8 +68,11 @@ class Parser(argparse.ArgumentParser):
                              "halves the memory of the blocks' inputs; officially it is float32")
 
 
-def start(sp=1, minutes=10.0):
-    """Join the processes that torchrun started, or stand alone. Returns this process's device."""
+def start(sp=1, minutes=24 * 60.0):
+    """Join the processes that torchrun started, or stand alone. Returns this process's device.
+
+    A process waits `minutes` for the others: a day where each works by itself for long, --timeout in training.
+    """
     cuda, local_rank = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
@@ -114,27 +119,6 @@ def run(main):
         time.sleep(3)
     print(f"error: {message}", file=sys.stderr, flush=True)
     os._exit(1)
-
-
-_signals = []  # that have asked for a stop
-
-
-def stop_on_signals():
-    """From now on SIGTERM, and SIGUSR1 (Slurm's --signal), ask for a stop after the step; a second one ends the process at once."""
-    def ask(number, frame):
-        if _signals:
-            os._exit(128 + number)
-        _signals.append(number)
-    _signals.clear()
-    signal.signal(signal.SIGTERM, ask)
-    signal.signal(signal.SIGUSR1, ask)
-
-
-def stop_asked():
-    """Whether any rank got such a signal, the same answer on all ranks: the signal's name, or None."""
-    number = torch.tensor(_signals[0] if _signals else 0)
-    dist.all_reduce(number, dist.ReduceOp.MAX)
-    return signal.Signals(number.item()).name if number else None
 
 
 def describe(args, model, device):

@@ -13,6 +13,7 @@ import re
 import resource
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -38,7 +39,7 @@ def check_run(args):
     processes cannot share."""
     for name, smallest in [("steps", 1), ("batch_size", 1), ("accumulation", 1), ("num_queries", 1), ("gradient_steps", 1),
                            ("num_blocks", 1), ("lora_rank", 0), ("ema", 0), ("warmup", 0), ("shift", 1e-3), ("sft_ratio", 1e-3),
-                           ("rwr_temperature", 1e-6), ("samples", 0), ("sample_every", 0), ("save_every", 1), ("eval_every", 1),
+                           ("rwr_temperature", 1e-6), ("samples", 0), ("sample_every", 0), ("save_every", 1), ("eval_every", 1), ("export_every", 0),
                            ("keep", 1), ("timeout", 1e-3)]:
         value = getattr(args, name, None)
         if value is not None and (value < smallest or name == "ema" and value > 1):
@@ -146,6 +147,26 @@ class Checkpoints:
         if pending:
             pending.result()
 
+    def check_finite(self, norm, step, losses, seed):
+        """Stop all ranks alike where a step's gradient norm is not finite, before the optimizer could spread it.
+
+        losses: a (loss, this rank's clips, k or None) for each micro-step. The sentence names the clips whose loss is not
+        finite and the command that shows the same step again: all draws are functions of the seed, and resuming is exact.
+        """
+        if math.isfinite(norm):
+            return
+        self.finish()
+        found = [None] * dist.get_world_size()
+        dist.all_gather_object(found, [f"clip {' '.join(clips)}" + (f" at k {k}" if k is not None else "")
+                                       for loss, clips, k in losses if not loss.isfinite()])
+        where = "; ".join(sorted({place for places in found for place in places})) or "though no loss is: it overflows in backward"
+        newest, local = max(checkpoints(self.directory.parent), default=0), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        nodes = f"--nnodes={dist.get_world_size() // local} " if dist.get_world_size() > local else ""
+        launcher = f"torchrun {nodes}--nproc_per_node={local}" if "RANK" in os.environ else "python"
+        resume = " --resume" if newest and "--resume" not in sys.argv else ""
+        raise InputError(f"step {step}: the gradient norm is {norm} ({where}; seed {seed}); lower --lr or look at these clips; to see "
+                         f"it again, from step {newest} on: {launcher} {shlex.join(sys.argv)}{resume}")
+
 
 _lock = None  # the open file of this process's run
 
@@ -172,25 +193,27 @@ def claim(output):
         raise InputError(f"{output} is in use by another run ({taken[0]}); wait for it, or choose another --output")
 
 
-def check_finite(norm, step, losses, args):
-    """Stop all ranks alike where a step's gradient norm is not finite, before the optimizer could spread it.
+# ---------------------------------------------------------------------------------------------- how a run is stopped
 
-    losses: a (loss, this rank's clips, k or None) for each micro-step. The sentence names the clips whose loss is not finite
-    and the command that shows the same step again: all draws are functions of the seed, and resuming is exact.
-    """
-    if math.isfinite(norm):
-        return
-    found = [None] * dist.get_world_size()
-    dist.all_gather_object(found, [f"clip {' '.join(clips)}" + (f" at k {k}" if k is not None else "")
-                                   for loss, clips, k in losses if not loss.isfinite()])
-    where = "; ".join(sorted({place for places in found for place in places})) or "though no loss is: it overflows in backward"
-    newest = max(checkpoints(args.output), default=0)
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    nodes = f"--nnodes={dist.get_world_size() // local} " if dist.get_world_size() > local else ""
-    launcher = f"torchrun {nodes}--nproc_per_node={local}" if "RANK" in os.environ else "python"
-    resume = " --resume" if newest and "--resume" not in sys.argv else ""
-    raise InputError(f"step {step}: the gradient norm is {norm} ({where}; seed {args.seed}); lower --lr or look at these clips; to see "
-                     f"it again, from step {newest} on: {launcher} {shlex.join(sys.argv)}{resume}")
+_signals = []  # that have asked for a stop
+
+
+def stop_on_signals():
+    """From now on SIGTERM, and SIGUSR1 (Slurm's --signal), ask for a stop after the step; a second one ends the process at once."""
+    def ask(number, frame):
+        if _signals:
+            os._exit(128 + number)
+        _signals.append(number)
+    _signals.clear()
+    signal.signal(signal.SIGTERM, ask)
+    signal.signal(signal.SIGUSR1, ask)
+
+
+def stop_asked():
+    """Whether any rank got such a signal, the same answer on all ranks: the signal's name, or None."""
+    number = torch.tensor(_signals[0] if _signals else 0)
+    dist.all_reduce(number, dist.ReduceOp.MAX)
+    return signal.Signals(number.item()).name if number else None
 
 
 # ---------------------------------------------------------------------------------------------- the log

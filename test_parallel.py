@@ -23,10 +23,9 @@ from model import WanModel
 from solver import UniPC, walk
 from test_model import TINY, tiny
 from test_reward import fill_pavrm
-from test_train import flags_of, numbers, read_log, run, steps, write_index
+from test_train import flags_of, numbers, read_log, run, steps, world, write_index  # noqa: F401 (world is a fixture)
 from testdata.golden import draw, fill_
 
-pytest_plugins = ["test_train"]  # the world
 STEPS = 5
 # Bradley-Terry cancels the gradient of a bias whose unit both clips of a pair pass: Adam makes steps of the learning rate of
 # what rounding leaves. So its head learns at the published rate, at which these steps are too small to matter.
@@ -169,8 +168,8 @@ def test_at_most_three_graphs_and_none_after_the_second_step(world, monkeypatch)
     """Counted with a backend that runs them as they are: the policy with and without gradient, and the reward model."""
     counter, compiled, after = CompileCounter(), torch.compile, []
     monkeypatch.setattr(torch, "compile", lambda function, **options: compiled(function, backend=counter, **options))
-    check = records.check_finite
-    monkeypatch.setattr(records, "check_finite", lambda *inputs: after.append(counter.frame_count) or check(*inputs))
+    check = records.Checkpoints.check_finite
+    monkeypatch.setattr(records.Checkpoints, "check_finite", lambda *inputs: after.append(counter.frame_count) or check(*inputs))
     short = ["--steps", "4", "--accumulation", "1", "--k", "1"]
     plain = numbers(run(train_prfl, "plain", *short))
     for name, flags in {"full": [], "lora": ["--lora_rank", "4"]}.items():

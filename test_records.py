@@ -19,10 +19,9 @@ import records
 import train_pavrm
 import train_prfl
 from files import InputError
-from test_train import flags_of, numbers, run
+from test_train import flags_of, numbers, run, world  # noqa: F401 (world is a fixture)
 from testdata.golden import draw
 
-pytest_plugins = ["test_train"]  # the world
 
 
 def test_a_killed_run_loses_nothing(tmp_path, monkeypatch):
@@ -57,7 +56,7 @@ def test_a_signal_saves_and_ends_the_run(world, monkeypatch, script, name, capsy
 def test_a_second_signal_ends_at_once(world, monkeypatch):
     ended = []
     monkeypatch.setattr(os, "_exit", ended.append)
-    parallel.stop_on_signals()
+    records.stop_on_signals()
     os.kill(os.getpid(), signal.SIGTERM)
     assert not ended
     os.kill(os.getpid(), signal.SIGTERM)

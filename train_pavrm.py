@@ -160,7 +160,11 @@ def main(argv=None):
             batches.append((share, chosen, [clips.load(i) for i, _ in chosen]))
         return batches
 
-    parallel.stop_on_signals()
+    def export(directory):
+        with ema.swapped() if ema else nullcontext():
+            pavrm.save_pretrained(Path(directory, "reward"), torch.float32)
+
+    records.stop_on_signals()
     done, stopped_by = first_step, None
     for step, batches in ahead(load, range(first_step, args.steps)):
         optimizer.zero_grad()
@@ -193,7 +197,7 @@ def main(argv=None):
         for group, rate in zip(optimizer.param_groups, rates):
             group["lr"] = rate * factor
         norm = parallel.clip_gradients([p for p in pavrm.parameters() if p.requires_grad], args.max_norm)
-        records.check_finite(norm, step + 1, step_losses, args)
+        checkpoints.check_finite(norm, step + 1, step_losses, args.seed)
         optimizer.step()
         if ema:
             ema.update()
@@ -206,10 +210,12 @@ def main(argv=None):
         if done % args.eval_every == 0 or done == args.steps:
             with ema.swapped() if ema else nullcontext():
                 evaluate(pavrm, val_clips, val_items, args, device, done, log)
-        stopped_by = parallel.stop_asked()
+        stopped_by = records.stop_asked()
         checkpoints.check()
         if done % args.save_every == 0 or done == args.steps or stopped_by:
             checkpoints.save(done)
+        if args.export_every and done % args.export_every == 0:
+            export(Path(args.output, "exports", f"step_{done:06d}"))
         log.pause()
         if stopped_by:
             break
@@ -218,8 +224,7 @@ def main(argv=None):
     if stopped_by and done < args.steps:
         log.say(f"stopped by {stopped_by} after step {done}; --resume goes on from there")
         return
-    with ema.swapped() if ema else nullcontext():
-        pavrm.save_pretrained(Path(args.output, "reward"), torch.float32)
+    export(args.output)
     log.say(f"the reward model is in {args.output}/reward")
 
 

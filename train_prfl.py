@@ -254,11 +254,21 @@ def main(argv=None):
 
         return x0, noise, velocity, start, reward_logits, keys
 
+    def export(directory):
+        policy.save_pretrained(Path(directory, "model"), torch.float32)
+        if args.lora_rank:
+            save_adapter(policy, Path(directory, "adapter.safetensors"))
+        if ema:
+            with ema.swapped():
+                policy.save_pretrained(Path(directory, "model_ema"), torch.float32)
+                if args.lora_rank:
+                    save_adapter(policy, Path(directory, "adapter_ema.safetensors"))
+
     if sampling and first_step == 0:
         evaluate(policy, pavrm, tasks, vae, val_clips, 0, args, device, log)
         log.pause()
     rollout = partial(parallel.rollout, policy, parallel.gathers(args, policy, device))
-    parallel.stop_on_signals()
+    records.stop_on_signals()
     done, stop, stopped_by = first_step, False, None
     for step, samples in ahead(load, range(first_step, args.steps)):
         logged = {}
@@ -281,7 +291,7 @@ def main(argv=None):
                 (loss / sft_count).backward()
                 losses.append((loss.detach(), names(samples[micro_step]), None))
             logged[f"{phase}_norm"] = parallel.clip_gradients(trained, args.max_norm)
-            records.check_finite(logged[f"{phase}_norm"], step + 1, losses, args)
+            checkpoints.check_finite(logged[f"{phase}_norm"], step + 1, losses, args.seed)
             optimizer.step()
             logged[f"{phase}_loss"] = parallel.mean(torch.stack([loss for loss, *_ in losses]))
 
@@ -303,7 +313,7 @@ def main(argv=None):
                     rewards.append(reward_of(logits.detach(), tasks).mean())
                     distances.append(distance.detach())
             logged["reward_norm"] = parallel.clip_gradients(trained, args.max_norm)
-            records.check_finite(logged["reward_norm"], step + 1, losses, args)
+            checkpoints.check_finite(logged["reward_norm"], step + 1, losses, args.seed)
             optimizer.step()
             logged |= {"reward_loss": parallel.mean(torch.stack([loss for loss, *_ in losses])),
                        "reward": parallel.mean(torch.stack(rewards)), "k": [k for *_, k in losses]}
@@ -317,10 +327,12 @@ def main(argv=None):
         if sampling and (done % sampling == 0 or done == args.steps):
             with ema.swapped() if ema else nullcontext():
                 stop = evaluate(policy, pavrm, tasks, vae, val_clips, done, args, device, log)
-        stopped_by = parallel.stop_asked()
+        stopped_by = records.stop_asked()
         checkpoints.check()
         if done % args.save_every == 0 or done == args.steps or stop or stopped_by:
             checkpoints.save(done)
+        if args.export_every and done % args.export_every == 0:
+            export(Path(args.output, "exports", f"step_{done:06d}"))
         log.pause()
         if stop or stopped_by:
             break
@@ -329,14 +341,7 @@ def main(argv=None):
     if stopped_by and done < args.steps:
         log.say(f"stopped by {stopped_by} after step {done}; --resume goes on from there")
         return
-    policy.save_pretrained(Path(args.output, "model"), torch.float32)
-    if args.lora_rank:
-        save_adapter(policy, Path(args.output, "adapter.safetensors"))
-    if ema:
-        with ema.swapped():
-            policy.save_pretrained(Path(args.output, "model_ema"), torch.float32)
-            if args.lora_rank:
-                save_adapter(policy, Path(args.output, "adapter_ema.safetensors"))
+    export(args.output)
     log.say(f"the trained model is in {args.output}/model")
 
 
