@@ -56,7 +56,7 @@ def test_commands_that_begin_with_a_recipe_run(file):
     assert commands
     for processes, script, name, flags in commands:
         args = parse(name, *flags.split())
-        assert script == stage(name).__name__ and args.batch_size % int(processes) == 0, f"{name}{flags}"
+        assert script == stage(name).__name__ and args.batch_size * args.sp % int(processes) == 0, f"{name}{flags}"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -84,8 +84,9 @@ def test_a_recipe_says_how_it_is_called(name):
     what, command, *flags = (ROOT / f"recipes/{name}.args").read_text().splitlines()
     assert what.startswith("# P") and ("1280x720" if "720P" in name else "832x480") in what and "81 frames" in what
     script = stage(name).__name__
-    assert command.startswith(f"# torchrun --nproc_per_node=8 {script}.py @recipes/{name}.args --batch_size 8 ")
-    assert parse(name, *command.split(".args ")[1].split()).batch_size == 8
+    assert command.startswith(f"# torchrun --nproc_per_node=8 {script}.py @recipes/{name}.args ")
+    args = parse(name, *command.split(".args ")[1].split())
+    assert args.batch_size * args.sp == 8  # as published: eight GPUs, four a clip
     assert len(flags) <= 13 and all(line.startswith("--") for line in flags) and max(map(len, [what, command, *flags])) <= 135
 
 

@@ -1,7 +1,7 @@
 """Stage 1: train PAVRM, the process-aware video reward model (arXiv 2511.21541, section 3.2).
 
     python train_pavrm.py                                  # the tiny world, alone
-    torchrun --nproc_per_node=8 train_pavrm.py @recipes/pavrm_t2v_14B_480P.args --batch_size 8 --train ... --val ...
+    torchrun --nproc_per_node=8 train_pavrm.py @recipes/pavrm_t2v_14B_480P.args --train ... --val ...
 
 One step, for a clip x_0 with a human label y in {0, 1}:
 

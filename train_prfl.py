@@ -1,7 +1,7 @@
 """Stage 2: PRFL, process reward feedback learning (arXiv 2511.21541, section 3.3): train the generator against PAVRM.
 
     python train_prfl.py                                   # the tiny world, alone
-    torchrun --nproc_per_node=8 train_prfl.py @recipes/prfl_t2v_14B_480P.args --batch_size 8 --reward ... --data ...
+    torchrun --nproc_per_node=8 train_prfl.py @recipes/prfl_t2v_14B_480P.args --reward ... --data ...
 
 One iteration has two phases, each with an update of its own:
 
