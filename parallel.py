@@ -126,7 +126,7 @@ def describe(args, model, device):
     heads = model.config.num_heads // sequence.size()
     q = torch.empty(1, heads, 256, model.config.dim // model.config.num_heads, dtype=compute_dtype(args, device), device=device)
     ranks = dist.get_world_size()
-    mesh = f"{ranks} processes ({args.dp_replicate} copies of the weights, {sequence.size()} processes a clip)" if ranks > 1 else "1 process"
+    mesh = f"{ranks} processes (copies of the weights: {args.dp_replicate}, processes a clip: {sequence.size()})" if ranks > 1 else "1 process"
     return f"{mesh} on {device.type}, {SDPBackend(torch._fused_sdp_choice(q, q, q)).name.lower().replace('_', ' ')}"
 
 
@@ -194,7 +194,7 @@ def shard(model, blocks, float32, device, args):
 
     shape = (ranks,) if args.dp_replicate == 1 else (args.dp_replicate, ranks // args.dp_replicate)
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape):])
-    offload = CPUOffloadPolicy() if "weights" in args.offload and device.type == "cuda" else OffloadPolicy()
+    offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if "weights" in args.offload else OffloadPolicy()
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     torch._dynamo.config.recompile_limit = 64  # a graph for each resolution, with and without gradient, frozen or trained
     for block in blocks if args.compile else ():

@@ -141,7 +141,8 @@ def test_offloaded_inputs_and_saved_attention_change_nothing(world, monkeypatch)
     monkeypatch.setattr(memory.Offload, "__init__", lambda self, device: offloads.append(self) or init(self, device))
     plain = numbers(run(train_prfl, "plain", "--steps", "2"))
     counts = {}
-    for name, flags in {"checkpointed": [], "offloaded": ["--offload", "inputs"], "attention": ["--save_attention"]}.items():
+    cases = {"checkpointed": [], "offloaded": ["--offload", "inputs", "weights"], "attention": ["--save_attention"]}
+    for name, flags in cases.items():
         with Calls("_scaled_dot_product") as counted:
             assert numbers(run(train_prfl, name, "--steps", "2", "--checkpoint_blocks", *flags)) == plain
         counts[name] = counted.backward
