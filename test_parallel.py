@@ -165,23 +165,21 @@ class Calls(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-def test_at_most_three_graphs_and_none_after_the_second_step(world, monkeypatch):
+@pytest.mark.parametrize("flags", [[], pytest.param(["--lora_rank", "4"], marks=pytest.mark.full)])
+def test_at_most_three_graphs_and_none_after_the_second_step(world, monkeypatch, flags):
     """Counted with a backend that runs them as they are: the policy with and without gradient, and the reward model."""
     counter, compiled, after = CompileCounter(), torch.compile, []
     monkeypatch.setattr(torch, "compile", lambda function, **options: compiled(function, backend=counter, **options))
     check = records.Checkpoints.check_finite
     monkeypatch.setattr(records.Checkpoints, "check_finite", lambda *inputs: after.append(counter.frame_count) or check(*inputs))
-    short = ["--steps", "4", "--accumulation", "1", "--k", "1"]
-    plain = numbers(run(train_prfl, "plain", *short))
-    for name, flags in {"full": [], "lora": ["--lora_rank", "4"]}.items():
-        torch._dynamo.reset()
-        counter.frame_count = 0
-        after.clear()
-        log = numbers(run(train_prfl, name, *short, "--compile", "--checkpoint_blocks", *flags))
-        assert 2 <= counter.frame_count <= 3 and after[3] == after[-1] == counter.frame_count  # two checks a step
-        if name == "full":
-            for a, b in zip(plain, log):
-                assert b.pop("k") == a.pop("k") and b == pytest.approx(a, rel=1e-3)
+    flags = [*flags, "--steps", "4", "--accumulation", "1", "--k", "1"]
+    plain = numbers(run(train_prfl, "plain", *flags))
+    torch._dynamo.reset()
+    after.clear()
+    compiled_log = numbers(run(train_prfl, "compiled", *flags, "--compile", "--checkpoint_blocks"))
+    assert 2 <= counter.frame_count <= 3 and after[3] == after[-1] == counter.frame_count  # two checks a step
+    for a, b in zip(plain, compiled_log):
+        assert b.pop("k") == a.pop("k") and b == pytest.approx(a, rel=1e-3)
 
 
 def test_the_rollout_waits_for_nothing(world):

@@ -55,7 +55,7 @@ def test_commands_that_begin_with_a_recipe_run(file):
     commands = re.findall(r"torchrun --nproc_per_node=(\d+) (train_\w+)\.py @recipes/(\w+)\.args(.*)", text)
     assert commands
     for processes, script, name, flags in commands:
-        args = parse(name, *flags.split())
+        args = parse(name, *flags.replace("$DATA", "--data index.jsonl").split())
         assert script == stage(name).__name__ and args.batch_size * args.sp % int(processes) == 0, f"{name}{flags}"
 
 
