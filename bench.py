@@ -34,8 +34,6 @@ from solver import UniPC, guided, walk
 from train_prfl import rewarded_steps, sft_loss
 from vae import WanVAE
 
-MEAN_K = 19  # of the published 40 steps
-
 
 def measure(function, device, repeats):
     """Median seconds, their spread (largest - smallest), and peak GB, after one call to warm up where there is more than one."""
@@ -278,9 +276,9 @@ def main(argv=None):
             torch.cuda.empty_cache()
     seconds = [results[label]["seconds"] for label in results if label.startswith("prfl, ")]
     if len(seconds) == len(args.k) > 1 and "reward" in args.phases:
-        first, last = args.k[0], args.k[-1]
-        results["prfl, mean step, extrapolated"] = mean = seconds[0] + (MEAN_K - first) * (seconds[-1] - seconds[0]) / (last - first)
-        say(f"mean step: t(k={first}) + {MEAN_K - first} * (t(k={last}) - t(k={first})) / {last - first} = {mean:.3f} s, extrapolated")
+        first, last, more = args.k[0], args.k[-1], (args.rollout_steps - 2) / 2 - args.k[0]  # k is drawn from 0 .. steps - 2
+        results["prfl, mean step, extrapolated"] = mean = seconds[0] + more * (seconds[-1] - seconds[0]) / (last - first)
+        say(f"mean step: t(k={first}) + {more:g} * (t(k={last}) - t(k={first})) / {last - first} = {mean:.3f} s, extrapolated")
     say(json.dumps({"device": name, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "processes": dist.get_world_size(),
                     **{key: value for key, value in vars(args).items() if key not in ("stages", "resume", "save_every", "keep", "timeout")},
                     **results}))

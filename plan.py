@@ -143,8 +143,10 @@ def block_memory(block, config, tokens, clips=1, itemsize=2, bf16_residual=False
         9 * 4,                                                 # mean and 1 / deviation of the norms
     ]
     angles = 8 * tokens * sp * D // heads                      # cos + i sin, for q and for k; with sp of all tokens
-    text = (config.text_len + image_tokens(config)) * (norm + 2 * c * D + sum(
-        c * layer.lora_A.out_features for name, layer in adapters(block).items() if "cross_attn.k" in name))
+    text = config.text_len * (learns("cross_attn.k") * norm + 2 * c * D + sum(  # its keys and values
+        c * layer.lora_A.out_features for name, layer in adapters(block).items() if name in ("cross_attn.k", "cross_attn.v")))
+    if config.use_clip:
+        text += image_tokens(config) * (learns("cross_attn.k_img") * norm + 2 * c * D)
     saved = clips * (tokens * sum(per_token) + text) + angles
     # Backward begins with the FFN: the residual stream's gradient and its products with gate and result, then, GELU's two
     # gradients, when ffn's and GELU's results are free again.
@@ -175,8 +177,7 @@ class Weights:
 
 
 @lru_cache(maxsize=8)
-def build(script, config, lora, blocks, lora_targets, train_blocks, task, pool, num_queries):
-    """The models of a run, on the meta device: (the trained one, the frozen PAVRM or None)."""
+def build(script, config, lora, lora_targets, blocks, task, pool, num_queries, train_blocks):
     config = WanConfig(**dict(config))
     with torch.device("meta"):
         dit, kept = WanModel(config), blocks or kept_blocks(config)
@@ -187,7 +188,9 @@ def build(script, config, lora, blocks, lora_targets, train_blocks, task, pool, 
             block.requires_grad_(train_blocks is None or number in train_blocks)
     if lora:
         add_lora(dit, lora, lora, lora_targets)
-    return (pavrm, None) if script == "pavrm" else (dit, pavrm.requires_grad_(False))
+    if script == "pavrm":
+        return pavrm, None, Weights(pavrm), None
+    return dit, pavrm.requires_grad_(False), Weights(dit), Weights(pavrm)
 
 
 @lru_cache
@@ -196,37 +199,39 @@ def vae_weights():
         return sum(p.numel() for p in WanVAE().parameters())
 
 
-def plan(script, args, config, gpus, gpu, size, frames):
-    """What a run of train_{script}.py with the flags `args` needs: a dict of bytes and operations, all computed.
+def models(script, args, config):
+    """The models of a run, on the meta device, and their numbers of weights: trained model, frozen PAVRM or None, both Weights."""
+    own = (args.num_blocks, args.task, args.pool, args.num_queries, args.train_blocks) if script == "pavrm" else (None, ["motion_quality"], "query", 1, None)
+    *built, weights, judging = build(script, tuple(vars(config).items()), args.lora_rank, tuple(args.lora_targets),
+                                     *(tuple(value) if isinstance(value, list) else value for value in own))
+    judged = script == "prfl" and args.reward != "none" and (args.phases != ["sft"] or args.samples and args.sample_every)
+    return (*built, weights, judging) if judged else (built[0], None, weights, None)
 
-    memory: {moment: {part: bytes a GPU}}; cpu: {part: bytes a GPU}; total: of the worst moment; operations: {part: (operations
-    of a micro-step a GPU, floor in seconds on `gpu`)}.
-    """
-    if gpus % args.sp or gpus % args.dp_replicate or config.num_heads % args.sp:
-        raise InputError(f"{gpus} GPUs and {config.num_heads} heads do not go with --sp {args.sp} and --dp_replicate {args.dp_replicate}; "
-                         f"use what divides them")
+
+def clips_a_group(script, args, gpus):
+    """Clips that a group of --sp GPUs works on at once."""
+    if gpus % args.sp or gpus % args.dp_replicate:
+        raise InputError(f"{gpus} GPUs do not go with --sp {args.sp} and --dp_replicate {args.dp_replicate}; use what divides them")
     if args.batch_size * args.sp % gpus:
         raise InputError(f"--batch_size {args.batch_size} cannot be shared equally by {gpus // args.sp} groups of {args.sp} GPUs; "
                          f"use a multiple of {gpus // args.sp}")
-    clips, shards = args.batch_size * args.sp // gpus, gpus // args.dp_replicate
-    if script == "pavrm":
-        trained_model, judge = build(script, tuple(vars(config).items()), args.lora_rank, args.num_blocks, tuple(args.lora_targets),
-                                     None if args.train_blocks is None else tuple(args.train_blocks), tuple(args.task), args.pool, args.num_queries)
-        clips *= 2 if args.loss == "bt" else 1
-    else:
-        trained_model, judge = build(script, tuple(vars(config).items()), args.lora_rank, None, tuple(args.lora_targets), None,
-                                     ("motion_quality",), "query", 1)
-        if args.reward == "none" or args.phases == ["sft"] and not (args.samples and args.sample_every):
-            judge = None
-    all_tokens = token_count(size, frames)
-    tokens = -(-all_tokens // args.sp)
+    return args.batch_size * args.sp // gpus * (2 if script == "pavrm" and args.loss == "bt" else 1)
+
+
+def memory(script, args, config, gpus, gpu, size, frames):
+    """Memory of a run of train_{script}.py with the flags `args`, bytes a GPU:
+    ({moment: {part: bytes}}, {part: bytes in the CPU's memory}, total of the worst moment)."""
+    clips, shards = clips_a_group(script, args, gpus), gpus // args.dp_replicate
+    if config.num_heads % args.sp:
+        raise InputError(f"--sp {args.sp} does not divide the model's {config.num_heads} heads; use one that does")
+    trained_model, judge, weights, judging = models(script, args, config)
+    tokens = -(-token_count(size, frames) // args.sp)
     c = 4 if args.compute_dtype == "float32" else 2
     residual = 2 if args.bf16_residual else 4
     options = dict(clips=clips, itemsize=c, bf16_residual=args.bf16_residual, sp=args.sp)
     one = clips * tokens * config.dim  # values of a residual stream
 
     # What lies there all the time. Frozen float32 weights are few: the time embedding's and the heads'.
-    weights, judging = Weights(trained_model), Weights(judge) if judge else None
     static = {"trained weights, float32": 4 * weights.trained / shards,
               "frozen weights": (c * weights.frozen + 4 * weights.frozen32) / shards,
               "reward model": (c * judging.frozen + 4 * judging.frozen32) / shards if judge else 0,
@@ -288,15 +293,13 @@ def plan(script, args, config, gpus, gpu, size, frames):
                                   "a block's forward": forward_memory(config, tokens, clips, c) + residual * one}
     if kept_cpu:
         cpu["block inputs, pinned"] = kept_cpu
-    memory = {name: {part: value for part, value in {**static, **parts, "other": other}.items() if value} for name, parts in moments.items()}
-    return {"tokens": all_tokens, "clips a group": clips, "memory": memory, "cpu": {part: value for part, value in cpu.items() if value},
-            "total": max(sum(parts.values()) for parts in memory.values()),
-            "operations": {name: (sum(count.values()), floor(count, gpu)) for name, count in
-                           operations(script, args, trained_model, judge, all_tokens, clips / args.sp).items()}}
+    moments = {name: {part: value for part, value in {**static, **parts, "other": other}.items() if value} for name, parts in moments.items()}
+    return moments, {part: value for part, value in cpu.items() if value}, max(sum(parts.values()) for parts in moments.values())
 
 
-def operations(script, args, model, judge, tokens, share):
-    """{part of a micro-step: operations}, times `share`, the clips a GPU."""
+def operations(script, args, config, gpus, size, frames):
+    """{part of a micro-step: operations a GPU}, as `flops` counts them."""
+    (model, judge, *_), tokens, share = models(script, args, config), token_count(size, frames), clips_a_group(script, args, gpus) / args.sp
     options = backward_options(args)
     forward, gradient = flops(model, tokens), flops(model, tokens, **options)
     if script == "pavrm":
@@ -320,31 +323,37 @@ def operations(script, args, model, judge, tokens, share):
 # ---------------------------------------------------------------------------------------------- commands
 
 def fits():
-    """The table of the smallest number of GPUs that training fits on, as Markdown lines; all of it computed."""
-    lines = ["| computed | " + " | ".join(f"{memory} GB" for memory in (24, 48, 80, 141)) + " |", "|---" * 5 + "|"]
+    """The table of the smallest number of GPUs that PRFL fits on, as Markdown lines; all of it computed."""
+    kinds = ("RTX4090", "L40S", "H100", "H200")
+    lines = ["| 81 frames, computed | " + " | ".join(f"{GPUS[gpu][0]} GB" for gpu in kinds) + " |", "|---" * (1 + len(kinds)) + "|"]
     for dit in ("1.3B", "14B"):
-        for what, rank in (("LoRA 128", 128), ("full", 0)):
-            for name, size in (("480P", (832, 480)), ("720P", (1280, 720))):
-                cells = [smallest(dit, rank, size, gpu) for gpu in ("RTX4090", "L40S", "H100", "H200")]
-                lines.append(f"| {dit}, {what}, {name} | " + " | ".join(cells) + " |")
+        for what, rank in (("LoRA of rank 128", 128), ("full", 0)):
+            for size in ((832, 480), (1280, 720)):
+                cells = [smallest(dit, rank, size, gpu) for gpu in kinds]
+                lines.append(f"| {dit}, {what}, {size[0]}x{size[1]} | " + " | ".join(cells) + " |")
     return lines
 
 
 def smallest(dit, rank, size, gpu, frames=81):
-    """The smallest number of GPUs that PRFL fits on, and the flags it takes there besides --checkpoint_blocks."""
-    config = size_config(dit)
-    for gpus in (1, 2, 4, 8, 16, 32, 64):
-        for offload in ([], ["inputs"], ["inputs", "weights"]):
-            for sp in (1, 2, 4, 8):
-                if gpus % sp or config.num_heads % sp:
-                    continue
-                flags = [*(["--sp", str(sp)] if sp > 1 else []), *(["--offload", *offload] if offload else []), "--gather", "no"]
-                args = train_prfl.parse_args(["--checkpoint_blocks", "--lora_rank", str(rank), "--batch_size", str(gpus // sp), *flags])
-                planned = plan("prfl", args, config, gpus, gpu, size, frames)
-                if planned["total"] <= USABLE * GPUS[gpu][0] * 1e9:
-                    cpu = sum(planned["cpu"].values()) / 1e9
-                    return " ".join([f"{gpus}:", f"{planned['total'] / 1e9:.0f} GB", *flags[:-2], *([f"({cpu:.0f} GB CPU)"] if cpu > 100 else [])])
-    return "more than 64"
+    """The smallest number of GPUs that PRFL fits on, the flags it takes there besides --checkpoint_blocks and --gather no, and
+    the GB a GPU; then, if that is less, the smallest number with the weights offloaded as well, and the GB of CPU memory a GPU."""
+    config, found = size_config(dit), []
+    for offloads in (([], ["inputs"]), (["inputs", "weights"],)):
+        tries = ((gpus, offload, sp) for gpus in (1, 2, 4, 8, 16, 32, 64) for offload in offloads for sp in (1, 2, 4, 8)
+                 if gpus % sp == 0 and config.num_heads % sp == 0)
+        for gpus, offload, sp in tries:
+            flags = (["--sp", str(sp)] if sp > 1 else []) + (["--offload", *offload] if offload else [])
+            args = train_prfl.parse_args(["--checkpoint_blocks", "--lora_rank", str(rank), "--batch_size", str(gpus // sp), "--gather", "no", *flags])
+            _, cpu, total = memory("prfl", args, config, gpus, gpu, size, frames)
+            if fits_on(total, gpu) and not (found and gpus >= found[0][0]):
+                held = f"{total / 1e9:.0f} GB" + (f", {sum(cpu.values()) / 1e9:.0f} GB CPU" if cpu else "")
+                found.append((gpus, " ".join([str(gpus), *([f"`{' '.join(flags)}`"] if flags else []), f"({held})"])))
+                break
+    return "; ".join(text for _, text in found) or "more than 64"
+
+
+def fits_on(total, gpu):
+    return total <= USABLE * GPUS[gpu][0] * 1e9
 
 
 def main(argv):
@@ -373,22 +382,24 @@ def main(argv):
         config = size_config("1.3B" if "1.3B" in name else "14B-I2V" if "I2V" in name else "14B")
     else:
         raise InputError(f"{args.model} is no directory and no official model; give --dit")
-    result = plan(own.plan, args, config, own.gpus, own.gpu, own.size, own.frames)
+    run = own.size, own.frames
+    moments, cpu, total = memory(own.plan, args, config, own.gpus, own.gpu, *run)
+    counts = operations(own.plan, args, config, own.gpus, *run)
+    seconds = {part: floor(count, own.gpu) for part, count in counts.items()}
+    counts = {part: sum(count.values()) for part, count in counts.items()}
 
     print(f"{own.plan} of {own.dit or args.model} on {own.gpus} {own.gpu}, {own.size[0]}x{own.size[1]} x {own.frames} frames, "
-          f"{result['tokens']} tokens, {result['clips a group']} clips a group of {args.sp}; all computed, nothing measured")
-    parts = list(dict.fromkeys(part for moment in result["memory"].values() for part in moment))
-    print(f"\n{'GB a GPU':28}" + "".join(f"{moment:>20}" for moment in result["memory"]))
-    for part in parts:
-        print(f"{part:28}" + "".join(f"{moment.get(part, 0) / 1e9:20.2f}" for moment in result["memory"].values()))
-    print(f"{'total':28}" + "".join(f"{sum(moment.values()) / 1e9:20.2f}" for moment in result["memory"].values()))
-    for part, value in result["cpu"].items():
-        print(f"CPU, {part:23}{value / 1e9:20.2f}")
-    fit = result["total"] <= USABLE * GPUS[own.gpu][0] * 1e9
-    print(f"{'fits' if fit else 'does not fit'}: {result['total'] / 1e9:.1f} of {USABLE * GPUS[own.gpu][0]:.0f} usable GB")
-    print(f"\n{'of a micro-step, a GPU':28}{'PFLOP':>20}{'floor, seconds':>20}")
-    for part, (count, seconds) in result["operations"].items():
-        print(f"{part:28}{count / 1e15:20.3f}{seconds:20.2f}")
-    total = [sum(column) for column in zip(*result["operations"].values())]
-    print(f"{'total':28}{total[0] / 1e15:20.3f}{total[1]:20.2f}")
-    print(json.dumps({"computed": True, "gpu": own.gpu, "gpus": own.gpus, "fits": fit, **result}))
+          f"{token_count(*run)} tokens, {clips_a_group(own.plan, args, own.gpus)} clips for each {args.sp} GPUs; all computed, nothing measured")
+    print(f"\n{'GB a GPU':28}" + "".join(f"{moment:>20}" for moment in moments))
+    for part in dict.fromkeys(part for parts in moments.values() for part in parts):
+        print(f"{part:28}" + "".join(f"{parts.get(part, 0) / 1e9:20.2f}" for parts in moments.values()))
+    print(f"{'total':28}" + "".join(f"{sum(parts.values()) / 1e9:20.2f}" for parts in moments.values()))
+    for part, value in cpu.items():
+        print(f"CPU: {part:23}{value / 1e9:20.2f}")
+    print(f"{'fits' if fits_on(total, own.gpu) else 'does not fit'}: {total / 1e9:.1f} of {USABLE * GPUS[own.gpu][0]:.0f} usable GB")
+    print(f"\n{'a micro-step, a GPU':28}{'PFLOP':>20}{'floor, seconds':>20}")
+    for part in counts:
+        print(f"{part:28}{counts[part] / 1e15:20.3f}{seconds[part]:20.2f}")
+    print(f"{'total':28}{sum(counts.values()) / 1e15:20.3f}{sum(seconds.values()):20.2f}")
+    print(json.dumps({"computed": True, "gpu": own.gpu, "gpus": own.gpus, "fits": fits_on(total, own.gpu), "bytes": moments, "cpu_bytes": cpu,
+                      "operations": counts, "floor_seconds": seconds}))
