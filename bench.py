@@ -12,6 +12,7 @@ checkpointed and offloaded by the same code and flags as in training (--resume, 
 Floors and operations are computed by plan.py. The last line is JSON. Peak memory on a CPU is that of the process since it
 began, so measure one stage and size a run there.
 """
+import gc
 import json
 import re
 import statistics
@@ -35,11 +36,15 @@ from train_prfl import rewarded_steps, sft_loss
 from vae import WanVAE
 
 
-def measure(function, device, repeats):
-    """Median seconds, their spread (largest - smallest), and peak GB, after one call to warm up where there is more than one."""
+# Names of kernels and operators; what matches none is the rest.
+GROUPS = {"attention": "attention|attn|flash|fmha|sdpa", "matrix products": "gemm|nvjet|cutlass|xmma|cublas|splitK|conv|::(addmm|mm|bmm|linear)$"}
+
+
+def measure(function, device, repeats, warmup=None):
+    """Median seconds, their spread (largest - smallest), and peak GB, after `warmup` calls (None: one where there are repeats)."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    if repeats > 1:
+    for _ in range(int(repeats > 1) if warmup is None else warmup):
         function()
     seconds = []
     for _ in range(repeats):
@@ -59,21 +64,21 @@ def synchronize(device):
 def profile(function, device):
     """Shares of a call's time on the device: matrix products, attention, the rest; and the three largest of the rest."""
     cuda = device.type == "cuda"
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU] + cuda * [torch.profiler.ProfilerActivity.CUDA]) as profiler:
+    activities = [torch.profiler.ProfilerActivity.CPU] + cuda * [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
         function()
         synchronize(device)
-    groups = {"attention": {}, "matrix products": {}, "rest": {}}
+    groups = {name: {} for name in (*GROUPS, "rest")}
     for row in profiler.key_averages():
         # On a GPU its kernels count, compiled ones too, and not the operators that launched them.
         if row.is_user_annotation or cuda != (row.device_type == torch.autograd.DeviceType.CUDA):
             continue
-        group = ("attention" if re.search("attention|attn|flash|fmha|sdpa", row.key) else
-                 "matrix products" if re.search(r"gemm|nvjet|cutlass|xmma|cublas|splitK|conv|::(addmm|mm|bmm|matmul|linear)$", row.key) else "rest")
+        group = next((name for name, pattern in GROUPS.items() if re.search(pattern, row.key)), "rest")
         groups[group][row.key] = groups[group].get(row.key, 0) + (row.self_device_time_total if cuda else row.self_cpu_time_total)
     total = sum(sum(group.values()) for group in groups.values())
     largest = sorted(groups["rest"], key=groups["rest"].get, reverse=True)[:3]
     return {**{name: sum(group.values()) / total for name, group in groups.items()},
-            "largest of the rest": {name[:60]: groups["rest"][name] / total for name in largest}}
+            **{f"of the rest: {name[:60]}": groups["rest"][name] / total for name in largest}}
 
 
 # ---------------------------------------------------------------------------------------------- models and inputs
@@ -94,7 +99,8 @@ def random_policy(args, device, frozen=False):
         model = WanModel(plan.size_config(args.dit))
     if args.lora_rank:
         add_lora(model, args.lora_rank, args.lora_rank, args.lora_targets)
-    model.requires_grad_(False) if frozen else None
+    if frozen:
+        model.requires_grad_(False)
     return randomize(model, model, [model.head], device, args)
 
 
@@ -105,7 +111,10 @@ def random_pavrm(args, device, frozen):
         model.requires_grad_(False)
     else:  # as train_pavrm.py: blocks and heads, or adapters and heads
         model.dit.requires_grad_(False)
-        add_lora(model.dit, args.lora_rank, args.lora_rank, args.lora_targets) if args.lora_rank else model.dit.blocks.requires_grad_(True)
+        if args.lora_rank:
+            add_lora(model.dit, args.lora_rank, args.lora_rank, args.lora_targets)
+        else:
+            model.dit.blocks.requires_grad_(True)
     return randomize(model, model.dit, model.heads, device, args)
 
 
@@ -154,7 +163,8 @@ def sample(args, device):
     model, inputs = random_policy(args, device, frozen=True), Inputs(args, device)
     forwards = args.rollout_steps * (2 if args.guidance != 1 else 1)
     run = torch.no_grad()(lambda: walk(guided(inputs.function(model), args.guidance), inputs.noise, UniPC(args.rollout_steps, 5.0)))
-    return {f"sample, {args.rollout_steps} steps, guidance {args.guidance:g}": (run, plan.times(plan.flops(model, inputs.tokens), forwards))}
+    count = plan.times(plan.flops(model, inputs.tokens), forwards)
+    return {f"sample, {args.rollout_steps} steps, guidance {args.guidance:g}": (run, count)}
 
 
 def gradient(args, device):
@@ -205,7 +215,9 @@ def prfl(args, device):
 
 def encode(args, device):
     vae, (width, height) = WanVAE(dim=args.vae_dim).to(device).requires_grad_(False), args.size
-    video = to_tensor(read_video(args.video, frames=args.frames, size=args.size)) if args.video else torch.rand(3, args.frames, height, width)
+    video = torch.rand(3, args.frames, height, width)
+    if args.video:
+        video = to_tensor(read_video(args.video, frames=args.frames, size=args.size))
     return {"encode": (partial(vae.encode, video[None].to(device)), None)}
 
 
@@ -218,13 +230,14 @@ STAGES = {stage.__name__: stage for stage in (forward, gradient, reward, prfl, p
 
 
 def parse_args(argv=None):
-    parser = parallel.Parser("Measure time and peak memory of the stages, with random weights. With --plan, compute them: see --plan fits --help.")
+    parser = parallel.Parser("Measure time and peak memory of the stages, with random weights. --plan prfl computes instead.")
     parser.add_argument("stages", nargs="+", choices=STAGES, help="what to measure")
     parser.add_argument("--dit", default="tiny", choices=plan.SIZES, help="size of the transformer")
     parser.add_argument("--size", type=parse_size, default="64x64", help="width x height")
     parser.add_argument("--frames", type=int, default=17, help="1 + 4n video frames")
-    parser.add_argument("--repeats", type=int, default=5, help="timed calls; the median counts. One call is not warmed up")
-    parser.add_argument("--profile", action="store_true", help="also the shares of matrix products, attention and the rest, of one more call")
+    parser.add_argument("--repeats", type=int, default=5, help="timed calls; the median counts")
+    parser.add_argument("--warmup", type=int, help="calls before them; None: one, or none with --repeats 1. With --compile give at least 1")
+    parser.add_argument("--profile", action="store_true", help="also the shares of matrix products, attention and the rest of one more call")
     parser.add_argument("--phases", nargs="+", default=["sft", "reward"], choices=["sft", "reward"], help="prfl: the phases of a step")
     parser.add_argument("--k", type=int, nargs="+", default=[0, 2], help="prfl: rollout steps without gradient, a measurement each; from "
                         "the first and the last of them the step of the mean k is extrapolated")
@@ -252,7 +265,7 @@ def main(argv=None):
     for stage in args.stages:
         try:
             for label, (function, count) in STAGES[stage](args, device).items():
-                row = results[label] = measure(function, device, args.repeats)
+                row = results[label] = measure(function, device, args.repeats, args.warmup)
                 line = f"{label}: {row['seconds']:.3f} s (spread {row['spread']:.3f}), peak {row['gigabytes']:.2f} GB"
                 if count:
                     row["tflops"] = sum(count.values()) / args.sp / row["seconds"] / 1e12
@@ -266,12 +279,12 @@ def main(argv=None):
                 say(line)
                 if args.profile:
                     row["profile"] = profile(function, device)
-                    say("  " + ", ".join(f"{group} {share:.1%}" for group, share in row["profile"].items() if isinstance(share, float))
-                        + "; largest of the rest: " + ", ".join(f"{name} {share:.1%}" for name, share in row["profile"]["largest of the rest"].items()))
+                    say("  " + ", ".join(f"{name} {share:.1%}" for name, share in row["profile"].items()))
         except torch.OutOfMemoryError:
             results[stage] = {"error": "out of GPU memory"}
             say(f"{stage}: out of GPU memory; try --offload inputs, --checkpoint_blocks, --lora_rank or --sp")
-        function = None  # and with it the models
+        function = None
+        gc.collect()  # and with it the models, which hold themselves in circles
         if device.type == "cuda":
             torch.cuda.empty_cache()
     seconds = [results[label]["seconds"] for label in results if label.startswith("prfl, ")]

@@ -78,8 +78,7 @@ def flops(model, tokens, backward=False, checkpoint=True, save_attention=False):
         rows = (image_tokens(config) if "_img" in name or "img_emb" in name else
                 config.text_len if "text_embedding" in name or ".cross_attn.k" in name or ".cross_attn.v" in name else
                 tokens if ".blocks." in f".{name}" or "patch" in name or name == "head.head" else 1)
-        # Recomputing a block stops at the last thing that its backward needs, which is not ffn.2's result if its gate is frozen.
-        again = checkpoint and ".blocks." in f".{name}" and not (name.endswith("ffn.2") and not layer.weight.requires_grad)
+        again = checkpoint and ".blocks." in f".{name}"
         total["linear"] += 2 * rows * layer.weight.numel() * (1 + backward * (1 + layer.weight.requires_grad + again))
     if hasattr(model, "query_attention") and hasattr(model.query_attention, "queries"):  # keys and values of the pool
         trained = model.query_attention.queries.requires_grad
@@ -167,9 +166,9 @@ class Weights:
         dit = getattr(model, "dit", model)
         heads = model.heads if hasattr(model, "dit") else [model.head]
         exempt = {p for module in (dit.time_embedding, dit.time_projection, *heads) for p in module.parameters()}
-        count = lambda chosen: sum(p.numel() for p in model.parameters() if chosen(p))  # noqa: E731
-        self.trained, self.frozen = count(lambda p: p.requires_grad), count(lambda p: not p.requires_grad and p not in exempt)
-        self.frozen32 = count(lambda p: not p.requires_grad and p in exempt)
+        self.trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self.frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad and p not in exempt)
+        self.frozen32 = sum(p.numel() for p in exempt if not p.requires_grad)
         self.block = sum(p.numel() for p in dit.blocks[0].parameters())
         self.block_trained = max(sum(p.numel() for p in block.parameters() if p.requires_grad) for block in dit.blocks)
         self.blocks = self.block * len(dit.blocks)
@@ -201,7 +200,9 @@ def vae_weights():
 
 def models(script, args, config):
     """The models of a run, on the meta device, and their numbers of weights: trained model, frozen PAVRM or None, both Weights."""
-    own = (args.num_blocks, args.task, args.pool, args.num_queries, args.train_blocks) if script == "pavrm" else (None, ["motion_quality"], "query", 1, None)
+    own = (None, ["motion_quality"], "query", 1, None)  # the PAVRM of train_prfl.py: as published
+    if script == "pavrm":
+        own = (args.num_blocks, args.task, args.pool, args.num_queries, args.train_blocks)
     *built, weights, judging = build(script, tuple(vars(config).items()), args.lora_rank, tuple(args.lora_targets),
                                      *(tuple(value) if isinstance(value, list) else value for value in own))
     judged = script == "prfl" and args.reward != "none" and (args.phases != ["sft"] or args.samples and args.sample_every)
@@ -293,7 +294,8 @@ def memory(script, args, config, gpus, gpu, size, frames):
                                   "a block's forward": forward_memory(config, tokens, clips, c) + residual * one}
     if kept_cpu:
         cpu["block inputs, pinned"] = kept_cpu
-    moments = {name: {part: value for part, value in {**static, **parts, "other": other}.items() if value} for name, parts in moments.items()}
+    for name, parts in moments.items():
+        moments[name] = {part: value for part, value in {**static, **parts, "other": other}.items() if value}
     return moments, {part: value for part, value in cpu.items() if value}, max(sum(parts.values()) for parts in moments.values())
 
 
@@ -343,7 +345,8 @@ def smallest(dit, rank, size, gpu, frames=81):
                  if gpus % sp == 0 and config.num_heads % sp == 0)
         for gpus, offload, sp in tries:
             flags = (["--sp", str(sp)] if sp > 1 else []) + (["--offload", *offload] if offload else [])
-            args = train_prfl.parse_args(["--checkpoint_blocks", "--lora_rank", str(rank), "--batch_size", str(gpus // sp), "--gather", "no", *flags])
+            given = ["--checkpoint_blocks", "--lora_rank", str(rank), "--batch_size", str(gpus // sp), "--gather", "no"]
+            args = train_prfl.parse_args([*given, *flags])
             _, cpu, total = memory("prfl", args, config, gpus, gpu, size, frames)
             if fits_on(total, gpu) and not (found and gpus >= found[0][0]):
                 held = f"{total / 1e9:.0f} GB" + (f", {sum(cpu.values()) / 1e9:.0f} GB CPU" if cpu else "")
@@ -389,7 +392,8 @@ def main(argv):
     counts = {part: sum(count.values()) for part, count in counts.items()}
 
     print(f"{own.plan} of {own.dit or args.model} on {own.gpus} {own.gpu}, {own.size[0]}x{own.size[1]} x {own.frames} frames, "
-          f"{token_count(*run)} tokens, {clips_a_group(own.plan, args, own.gpus)} clips for each {args.sp} GPUs; all computed, nothing measured")
+          f"{token_count(*run)} tokens; each {args.sp} GPUs have {clips_a_group(own.plan, args, own.gpus)} clips at once. "
+          f"All computed, nothing measured.")
     print(f"\n{'GB a GPU':28}" + "".join(f"{moment:>20}" for moment in moments))
     for part in dict.fromkeys(part for parts in moments.values() for part in parts):
         print(f"{part:28}" + "".join(f"{parts.get(part, 0) / 1e9:20.2f}" for parts in moments.values()))
@@ -401,5 +405,5 @@ def main(argv):
     for part in counts:
         print(f"{part:28}{counts[part] / 1e15:20.3f}{seconds[part]:20.2f}")
     print(f"{'total':28}{sum(counts.values()) / 1e15:20.3f}{sum(seconds.values()):20.2f}")
-    print(json.dumps({"computed": True, "gpu": own.gpu, "gpus": own.gpus, "fits": fits_on(total, own.gpu), "bytes": moments, "cpu_bytes": cpu,
-                      "operations": counts, "floor_seconds": seconds}))
+    print(json.dumps({"computed": True, "gpu": own.gpu, "gpus": own.gpus, "fits": fits_on(total, own.gpu), "bytes": moments,
+                      "cpu_bytes": cpu, "operations": counts, "floor_seconds": seconds}))

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
@@ -70,15 +71,15 @@ def test_every_stage(flags, capsys, monkeypatch):
 
 def test_profile():
     x = torch.randn(1, 2, 64, 32)
-    shares = bench.profile(lambda: (torch.nn.functional.scaled_dot_product_attention(x, x, x) @ x.transpose(2, 3)).exp(), torch.device("cpu"))
+    shares = bench.profile(lambda: (F.scaled_dot_product_attention(x, x, x) @ x.transpose(2, 3)).exp(), torch.device("cpu"))
     assert sum(shares[group] for group in ("matrix products", "attention", "rest")) == pytest.approx(1)
-    assert shares["matrix products"] > 0 and shares["attention"] > 0 and "aten::exp" in shares["largest of the rest"]
+    assert shares["matrix products"] > 0 and shares["attention"] > 0 and "of the rest: aten::exp" in shares
 
 
 def test_the_script_for_a_gpu_runs(tmp_path):
     """One group of it; all of them take half a minute."""
-    environment = {**os.environ, "SMALL": "1", "PYTHON": sys.executable, "OUTPUT": str(tmp_path / "bench.jsonl"), "CUDA_VISIBLE_DEVICES": ""}
-    subprocess.run(["bash", ROOT / "bench_gpu.sh", "vae"], env=environment, check=True, capture_output=True)
+    output = {"SMALL": "1", "PYTHON": sys.executable, "OUTPUT": str(tmp_path / "bench.jsonl"), "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run(["bash", ROOT / "bench_gpu.sh", "vae"], env={**os.environ, **output}, check=True, capture_output=True)
     assert json.loads((tmp_path / "bench.jsonl").read_text())["encode"]["seconds"] > 0
 
 
@@ -119,7 +120,8 @@ def test_known_floors():
 def test_rollouts_of_several_rewards():
     """Of n different k the largest counts: of 0, 1, 2 two at a time it is 1, 2 or 2."""
     def named(*flags):
-        return list(plan.operations("prfl", prfl("--batch_size", "1", "--rollout_steps", "4", *flags), WanConfig(**SMALL), 1, (64, 64), 5))[0]
+        args = prfl("--batch_size", "1", "--rollout_steps", "4", *flags)
+        return list(plan.operations("prfl", args, WanConfig(**SMALL), 1, (64, 64), 5))[0]
     assert named() == "rollout, 1 steps" and named("--rewards_per_rollout", "2") == "rollout, 1.66667 steps"
     assert named("--k", "2", "--gradient_steps", "2") == "rollout, 1 steps"
 
@@ -127,8 +129,9 @@ def test_rollouts_of_several_rewards():
 @pytest.mark.parametrize("trained", ["nothing", "all", "adapters", "reward"])
 def test_operations_are_those_that_run(trained):
     """As PyTorch counts them while a checkpointed model runs; of the CPU's attention it has to be told."""
-    attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
-                 torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4])}
+    kernel = "_scaled_dot_product_flash_attention_for_cpu"
+    attention = {getattr(torch.ops.aten, kernel): lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
+                 getattr(torch.ops.aten, f"{kernel}_backward"): lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4])}
     model = WanModel(WanConfig(**SMALL))
     if trained == "adapters":
         add_lora(model, 8, 8)
@@ -140,7 +143,8 @@ def test_operations_are_those_that_run(trained):
         out = model(x, torch.tensor([500.0]), [torch.randn(5, 32)])
         out.sum().backward() if trained != "nothing" else None
     count = plan.flops(model, 192, backward=trained != "nothing")
-    assert sum(count.values()) == pytest.approx(counter.get_total_flops(), rel=0.03)
+    # With adapters the first block's input takes no gradient, here a third of what all inputs take.
+    assert sum(count.values()) == pytest.approx(counter.get_total_flops(), rel=0.03 if trained == "adapters" else 0.015)
 
 
 # ---------------------------------------------------------------------------------------------- memory
