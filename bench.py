@@ -37,7 +37,8 @@ from vae import WanVAE
 
 
 # Names of kernels and operators; what matches none is the rest.
-GROUPS = {"attention": "attention|attn|flash|fmha|sdpa", "matrix products": "gemm|nvjet|cutlass|xmma|cublas|splitK|conv|::(addmm|mm|bmm|linear)$"}
+GROUPS = {"attention": "attention|attn|flash|fmha|sdpa",
+          "matrix products": "gemm|nvjet|cutlass|xmma|cublas|splitK|conv|::(addmm|mm|bmm|linear)$"}
 
 
 def measure(function, device, repeats, warmup=None):
@@ -209,8 +210,11 @@ def prfl(args, device):
                                                  inputs.noise, [k], rollout=rollout):
                 reward_loss(logit).backward()
             update()
-    both = plan.times(step, len(args.phases)) + (plan.flops(judge, inputs.tokens, **options) if "reward" in args.phases else {})
-    return {f"prfl, {' and '.join(args.phases)}, k = {k}": (partial(run, k), both + plan.times(once, k)) for k in args.k}
+    count = plan.times(step, len(args.phases))
+    if args.phases == ["sft"]:
+        return {"prfl, sft": (partial(run, 0), count)}
+    count += plan.flops(judge, inputs.tokens, **options)
+    return {f"prfl, {' and '.join(args.phases)}, k = {k}": (partial(run, k), count + plan.times(once, k)) for k in args.k}
 
 
 def encode(args, device):
@@ -237,7 +241,7 @@ def parse_args(argv=None):
     parser.add_argument("--frames", type=int, default=17, help="1 + 4n video frames")
     parser.add_argument("--repeats", type=int, default=5, help="timed calls; the median counts")
     parser.add_argument("--warmup", type=int, help="calls before them; None: one, or none with --repeats 1. With --compile give at least 1")
-    parser.add_argument("--profile", action="store_true", help="also the shares of matrix products, attention and the rest of one more call")
+    parser.add_argument("--profile", action="store_true", help="also shares of matrix products, attention and the rest, of one more call")
     parser.add_argument("--phases", nargs="+", default=["sft", "reward"], choices=["sft", "reward"], help="prfl: the phases of a step")
     parser.add_argument("--k", type=int, nargs="+", default=[0, 2], help="prfl: rollout steps without gradient, a measurement each; from "
                         "the first and the last of them the step of the mean k is extrapolated")

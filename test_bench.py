@@ -69,6 +69,17 @@ def test_every_stage(flags, capsys, monkeypatch):
         assert "mean step: t(k=0) + 1 * (t(k=2) - t(k=0)) / 2 = " in out
 
 
+@pytest.mark.parametrize("phases, labels", [("sft", ["prfl, sft"]), ("reward", ["prfl, reward, k = 0", "prfl, reward, k = 1"])])
+def test_phases_by_themselves(phases, labels, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    try:
+        bench.main(f"prfl --size 32x32 --frames 5 --repeats 1 --rollout_steps 4 --k 0 1 --phases {phases}".split())
+    finally:
+        dist.destroy_process_group()
+    result = last_line(capsys)
+    assert [key for key in result if key.startswith("prfl, ") and "extrapolated" not in key] == labels
+
+
 def test_profile():
     x = torch.randn(1, 2, 64, 32)
     shares = bench.profile(lambda: (F.scaled_dot_product_attention(x, x, x) @ x.transpose(2, 3)).exp(), torch.device("cpu"))
