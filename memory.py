@@ -46,7 +46,8 @@ class Offload:
 
     def of(self, x):
         """`with offload.of(x):` autograd saves x in the CPU's memory; what else it saves, all blocks share, and it stays."""
-        return saved_tensors_hooks(lambda saved: self.put(saved) if saved.data_ptr() == x.data_ptr() and saved.shape == x.shape else saved,
+        pointer, shape = x.data_ptr(), x.shape  # not x itself: the hooks live as long as what is saved, and would keep it
+        return saved_tensors_hooks(lambda saved: self.put(saved) if saved.data_ptr() == pointer and saved.shape == shape else saved,
                                    lambda saved: self.get(saved) if isinstance(saved, dict) else saved)
 
     def put(self, x):

@@ -213,6 +213,8 @@ def storage(args, device):
 
 def gathers(args, model, device):
     """Whether --gather keeps a model's weights gathered during rollouts."""
+    if args.gather == "auto" and dist.get_world_size() == args.dp_replicate:
+        return False  # each rank has all of them anyway, and would only hold them twice
     if args.gather == "auto" and device.type == "cuda":
         taken = sum(parameter.numel() for parameter in model.parameters()) * compute_dtype(args, device).itemsize
         return taken < torch.cuda.get_device_properties(device).total_memory / 4 and "weights" not in args.offload

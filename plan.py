@@ -68,7 +68,8 @@ def flops(model, tokens, backward=False, checkpoint=True, save_attention=False):
     """Operations on one clip of `tokens` tokens: {linear, attention, attention_backward}, 2 for a multiply and add.
 
     model: a WanModel or a PAVRM, on any device. Matrix products and attention only. `backward` adds the gradients of all
-    inputs and of the weights that are trained, and with `checkpoint` the blocks' second forward.
+    inputs and of the weights that are trained, and with `checkpoint` the blocks' second forward. The products of a reward's few
+    queries with the tokens are left out: a thousandth of a block.
     """
     dit = getattr(model, "dit", model)
     config, total = dit.config, Counter(linear=0, attention=0, attention_backward=0)
@@ -80,9 +81,6 @@ def flops(model, tokens, backward=False, checkpoint=True, save_attention=False):
                 tokens if ".blocks." in f".{name}" or "patch" in name or name == "head.head" else 1)
         again = checkpoint and ".blocks." in f".{name}"
         total["linear"] += 2 * rows * layer.weight.numel() * (1 + backward * (1 + layer.weight.requires_grad + again))
-    if hasattr(model, "query_attention") and hasattr(model.query_attention, "queries"):  # keys and values of the pool
-        trained = model.query_attention.queries.requires_grad
-        total["linear"] += 4 * tokens * config.dim ** 2 * (1 + backward * (1 + trained))
     attention = 4 * tokens * (tokens + config.text_len + image_tokens(config)) * config.dim * len(dit.blocks)
     total["attention"] = attention * (1 + (backward and checkpoint and not save_attention))
     total["attention_backward"] = backward * 2.5 * attention  # five products of the forward's size instead of two, as in flash attention
@@ -273,11 +271,12 @@ def memory(script, args, config, gpus, gpu, size, frames):
     kept_gpu, kept_cpu = kept(dit, steps)
     moments = {"backward": {"gathered weights": buffers, "block inputs": kept_gpu, "a block's backward": backward(dit)}}
     if script == "prfl":
-        # The head's saved values wait until the reward's backward is done. The reward's pool, in float32, holds keys, values
-        # and their gradients, 24 bytes a value of the stream: less than the block after it.
+        # The head's saved values wait until the reward's backward is done. The reward's pool holds a float32 copy of the tokens
+        # and its gradient: less than the block after it.
         head = (4 + 8 * dit.head.modulation.requires_grad + 2 * args.bf16_residual) * one
         taken = c * (weights.trained + weights.frozen)
-        gathered = args.gather == "yes" or args.gather == "auto" and taken < GPUS[gpu][0] * 1e9 / 4 and "weights" not in args.offload
+        gathered = args.gather == "yes" or (args.gather == "auto" and gpus > args.dp_replicate and "weights" not in args.offload
+                                            and taken < GPUS[gpu][0] * 1e9 / 4)  # as parallel.gathers
         everything = c * (weights.blocks + weights.rest)
         guided = 2 if args.rollout_guidance != 1 else 1
         if "reward" in args.phases:

@@ -33,18 +33,20 @@ class QueryAttention(nn.Module):
 
     def attend(self, tokens, length=None):
         """What the queries found (B, n, D), and their attention (B, heads, n, L), a row's sum being 1."""
-        mha, split = self.multihead_attn, "b l (h d) -> b h l d"
+        mha = self.multihead_attn
         present = sequence.present(length or tokens.shape[1], tokens.device)          # (L,)
-        (wq, wk, wv), (bq, bk, bv) = mha.in_proj_weight.chunk(3), mha.in_proj_bias.chunk(3)
-        q = rearrange(F.linear(self.queries[None], wq, bq), split, h=mha.num_heads)   # (1, heads, n, d)
-        k = rearrange(F.linear(tokens, wk, bk), split, h=mha.num_heads)               # (B, heads, L, d)
-        v = rearrange(F.linear(tokens, wv, bv), split, h=mha.num_heads)
-        logits = (q @ k.transpose(-1, -2) * mha.head_dim ** -0.5).masked_fill(~present, -math.inf)  # (B, heads, n, L)
-        largest = sequence.max_over_ranks(logits.detach().amax(-1, keepdim=True))     # makes exp safe and cancels out
+        (wq, wk, wv), (bq, _, bv) = mha.in_proj_weight.chunk(3), mha.in_proj_bias.chunk(3)
+        wk, wv = (rearrange(w, "(h d) c -> h d c", h=mha.num_heads) for w in (wk, wv))  # (heads, d, D)
+        q = rearrange(F.linear(self.queries, wq, bq), "n (h d) -> h n d", h=mha.num_heads)
+        # q (W_k x) = (q W_k) x and sum(a W_v x) = W_v sum(a x): with few queries no token needs a key or value of its own. The
+        # keys' bias moves all logits of a query alike, and cancels.
+        logits = (q @ wk) @ tokens[:, None].transpose(-1, -2) * mha.head_dim ** -0.5  # (B, heads, n, L)
+        logits = logits.masked_fill(~present, -math.inf)
+        largest = sequence.max_over_ranks(logits.detach().amax(-1, keepdim=True))     # makes exp safe, and cancels too
         weights = (logits - largest).exp()
-        sums = sequence.sum_over_ranks(torch.cat([weights @ v, weights.sum(-1, keepdim=True)], -1))  # (B, heads, n, d + 1)
-        found = rearrange(sums[..., :-1] / sums[..., -1:], "b h n d -> b n (h d)")
-        return mha.out_proj(found), weights / sums[..., -1:]
+        sums = sequence.sum_over_ranks(torch.cat([weights @ tokens[:, None], weights.sum(-1, keepdim=True)], -1))
+        found = sums[..., :-1] / sums[..., -1:] @ wv.transpose(-1, -2)                # (B, heads, n, d)
+        return mha.out_proj(rearrange(found, "b h n d -> b n (h d)") + bv), weights / sums[..., -1:]
 
     def forward(self, tokens, length=None):
         return (self.attend(tokens, length)[0] + self.queries).mean(1)               # (B, D)

@@ -45,7 +45,8 @@ def to_heads(q, k, v, length):
     """q, k, v (B, L / n, heads, d) of this rank's tokens -> (B, L, heads / n, d) of all `length` tokens, in one exchange."""
     if size() == 1:
         return q, k, v
-    return exchange(torch.stack([q, k, v]), 3, 2)[:, :, :length].unbind()
+    q, k, v = exchange(torch.stack([q, k, v]), 3, 2)[:, :, :length].unbind()
+    return q, k, v.contiguous()  # which attention keeps for backward, and with a view all three
 
 
 def to_tokens(x):
