@@ -159,9 +159,7 @@ def written_whole(path):
         if path.is_dir() and not beside.is_dir():
             raise InputError(f"{path} is a directory; give the name of a file")
         for file in [beside, *beside.rglob("*")] if beside.is_dir() else [beside]:
-            descriptor = os.open(file, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
+            flush(file)
         if path.is_dir():  # rename cannot replace a directory that is not empty
             remove(before)
             path.rename(before)
@@ -172,6 +170,13 @@ def written_whole(path):
             before.rename(path)
         remove(beside)
         raise
+
+
+def flush(path):
+    """Wait until a file or a directory's entries are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def remove(path):
@@ -195,22 +200,25 @@ def _save_file(tensors, beside, path, metadata=None):
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(beside, 0o666 & ~umask)  # safetensors lets only the owner read
+        flush(beside)  # now, so that other ranks wait for one file at a time
     except SafetensorError as error:  # the disk is full, say
         raise OSError(f"{path} could not be written ({error}); what stood there before is untouched") from None
 
 
 @torch.no_grad()
-def save_weights(directory, state, config, name="diffusion_pytorch_model", dtype=None):
+def save_weights(directory, state, config, name="diffusion_pytorch_model", dtype=None, merge=None):
     """Write a state dict in the official layout: config.json and safetensors, cut at 5 GB with an index.
 
     Every rank calls it (sharded tensors are gathered one at a time); rank 0 holds one file at most, and writes.
-    `config` is the content of config.json. `dtype` casts floating tensors, None keeps them.
+    `config` is the content of config.json. `dtype` casts floating tensors, None keeps them. `merge` has a function for some
+    names, through which their tensors go when their turn comes: an adapter that is added, in float32.
     """
     directory = Path(directory)
     others = [file.name for file in sorted(directory.glob("*")) if file.name != "config.json" and not file.name.startswith(name)]
     if others:  # the directory is replaced as a whole, and those would be lost
         raise InputError(f"{directory} holds other files ({', '.join(others[:3])}); save to a directory of its own")
-    size = {key: tensor.numel() * (dtype or tensor.dtype).itemsize for key, tensor in state.items()}
+    merge = merge or {}
+    size = {key: tensor.numel() * (dtype or (torch.float32 if key in merge else tensor.dtype)).itemsize for key, tensor in state.items()}
     shards = [[]]
     for key in state:
         if shards[-1] and sum(size[other] for other in shards[-1]) + size[key] > SHARD_BYTES:
@@ -224,7 +232,7 @@ def save_weights(directory, state, config, name="diffusion_pytorch_model", dtype
     def gather(keys):
         tensors = {}
         for key in keys:
-            tensor = whole(state[key].detach())
+            tensor = whole(merge[key](state[key].detach()) if key in merge else state[key].detach())
             if is_main():
                 tensors[key] = tensor.to("cpu", dtype or tensor.dtype)
         return tensors

@@ -1,8 +1,8 @@
 """LoRA: train a small update of low rank beside frozen weights (Hu et al. 2021, arXiv 2106.09685).
 
-W x + b becomes W x + b + (alpha / rank) B A x. W stays as it was loaded; A and B are stored in float32
-and compute in what the layer computes in. Saved models have the
-update merged into W, so that they load wherever the official ones do; the adapter is saved by itself too.
+W x + b becomes W x + b + (alpha / rank) B A x. W stays as it was loaded; A and B are stored in float32 and compute in what
+the layer computes in. Saved models have the update merged into W, so that they load wherever the official ones do; the
+adapter is saved by itself too.
 """
 from contextlib import contextmanager
 
@@ -28,6 +28,10 @@ class LoRALinear(nn.Linear):
         if self.adapter_on:
             out = out + self.scale * self.lora_B(self.lora_A(x.to(self.lora_A.weight.dtype))).to(out.dtype)
         return out
+
+    def merged(self, weight):
+        """The weight with its update, float32."""
+        return weight.float() + self.scale * (self.lora_B.weight @ self.lora_A.weight)
 
 
 def add_lora(model, rank, alpha, targets=("q", "k", "v", "o")):
@@ -70,14 +74,14 @@ def without_adapters(module):
             layer.adapter_on = True
 
 
-@torch.no_grad()
-def merged_state(module):
-    """The state dict under its official names, with W + (alpha / rank) B A, float32, in place of W where there is an adapter."""
-    state = {name: tensor for name, tensor in module.state_dict().items() if ".lora_" not in name}
-    for name, layer in adapters(module).items():
-        update = layer.scale * (layer.lora_B.weight @ layer.lora_A.weight)
-        state[f"{name}.weight"] = layer.weight.float() + update
-    return state
+def official_state(module):
+    """The state dict under its official names, without adapters."""
+    return {name: tensor for name, tensor in module.state_dict().items() if ".lora_" not in name}
+
+
+def merges(module):
+    """{name: function} for save_weights: W -> W + (alpha / rank) B A, float32, one weight at a time."""
+    return {f"{name}.weight": layer.merged for name, layer in adapters(module).items()}
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 A 14B block at 720P x 81 frames keeps 11 to 20 GB for its backward, its input alone 0.8 GB in bf16. Checkpointing keeps the
 inputs and computes the rest again, a block at a time; offloading moves the inputs off the GPU as well.
 """
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -22,9 +22,12 @@ def block_runner(args, device):
             lambda ctx, op, *inputs, **options: CheckpointPolicy.MUST_SAVE if op in kernels else CheckpointPolicy.PREFER_RECOMPUTE)
 
     def run_block(block, x, *rest):
-        if args.compile and torch.is_grad_enabled() and not x.requires_grad:
-            x = x.detach().requires_grad_()  # with adapters the first block's input takes no gradient: one graph more for that alone
-        if args.checkpoint_blocks and torch.is_grad_enabled():
+        if not args.bf16_residual:
+            x = x.float()  # as all blocks but the first get it: one graph less for a compiler
+        learns = any(parameter.requires_grad for parameter in block.parameters())
+        if args.compile and torch.is_grad_enabled() and learns and not x.requires_grad:
+            x = x.detach().requires_grad_()  # likewise: with adapters the first block's input takes no gradient
+        if args.checkpoint_blocks and torch.is_grad_enabled() and (learns or x.requires_grad):
             with offload.of(x) if offload else nullcontext():
                 more = {"context_fn": contexts} if args.save_attention else {}
                 x = checkpoint(block, x, *rest, use_reentrant=False, **more)
@@ -51,20 +54,20 @@ class Offload:
                                    lambda saved: self.get(saved) if isinstance(saved, dict) else saved)
 
     def put(self, x):
+        """Begin to copy x away. The input before it is dropped now: its copy had a whole block's time. The computation waits
+        for that copy first, so that what it computes next may have the memory."""
+        if self.away:
+            self.wait(self.away[-1])
+            self.away[-1]["x"] = None
         buffers = self.free.setdefault((x.shape, x.dtype), [])
         buffer = buffers.pop() if buffers else torch.empty_like(x, device="cpu", pin_memory=self.cuda)
-        with self.beside():
-            buffer.copy_(x, non_blocking=True)
-            if self.cuda:
-                x.record_stream(self.stream)  # its memory is not reused before the copy is done
-        self.away.append({"buffer": buffer, "x": None})
+        self.away.append({"x": x.detach(), "buffer": buffer, "copied": self.copy(buffer, x.detach())})
         return self.away[-1]
 
     def get(self, item):
+        """The input of an item, on its device again; the one before it sets out."""
         self.fetch(item)
-        if self.cuda:
-            torch.cuda.current_stream().wait_stream(self.stream)
-            item["x"].record_stream(torch.cuda.current_stream())
+        self.wait(item)
         self.away = [other for other in self.away if other is not item]
         self.free[item["buffer"].shape, item["buffer"].dtype].append(item["buffer"])
         if self.away:
@@ -73,14 +76,19 @@ class Offload:
 
     def fetch(self, item):
         if item["x"] is None:
-            with self.beside():
-                item["x"] = item["buffer"].to(self.device, non_blocking=True, copy=True)
+            item["x"] = torch.empty_like(item["buffer"], device=self.device)
+            item["copied"] = self.copy(item["x"], item["buffer"])
 
-    @contextmanager
-    def beside(self):
+    def copy(self, target, source):
+        """Begin to copy after what is being computed; returns the event of the end."""
         if not self.cuda:
-            yield
-            return
+            target.copy_(source)
+            return None
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            yield
+            target.copy_(source, non_blocking=True)
+            return self.stream.record_event()
+
+    def wait(self, item):
+        if item["copied"]:
+            torch.cuda.current_stream().wait_event(item["copied"])

@@ -18,7 +18,7 @@ from torch import nn
 
 import sequence
 from files import InputError, load_weights, read_json, save_weights, weight_shapes
-from lora import merged_state
+from lora import merges, official_state
 
 PATCH = (1, 2, 2)  # frames, rows, columns of a token
 CLIP_DIM = 1280
@@ -236,7 +236,7 @@ class WanModel(nn.Module):
             self.img_emb = ImageEmbedding(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.head = Head(config)
-        self.run_block = lambda block, *inputs: block(*inputs)  # parallel.py puts checkpointing and offload here
+        self.run_block = lambda block, *inputs: block(*inputs)  # training puts memory.py's here: checkpointing, offload
 
     @classmethod
     def on_meta(cls, directory):
@@ -260,7 +260,7 @@ class WanModel(nn.Module):
 
         Under torchrun every rank calls it.
         """
-        save_weights(directory, merged_state(self), self.config.official(), dtype=dtype)
+        save_weights(directory, official_state(self), self.config.official(), dtype=dtype, merge=merges(self))
 
     def forward(self, x, t, context, clip_fea=None, y=None):
         """Velocity (B, C_out, F, H, W), float32.

@@ -82,11 +82,14 @@ def start(sp=1, minutes=24 * 60.0):
         torch.cuda.set_device(device)
         # cuDNN's attention is the fastest on Hopper; where it does not run, the next in the list does.
         kernels = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-        sdpa_kernel(kernels, set_priority=True).__enter__()
+        global _attention
+        _attention = sdpa_kernel(kernels, set_priority=True)  # kept: when it is collected, the old order is back
+        _attention.__enter__()
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    torch.distributed.distributed_c10d.default_pg_timeout = timedelta(minutes=minutes)  # of the groups below, and FSDP2's
     ranks = dist.get_world_size()
     if sp < 1 or ranks % sp:
         raise InputError(f"--sp {sp} does not divide the {ranks} processes; use one that does")
@@ -117,6 +120,7 @@ def run(main):
         # Mostly all fail alike, and rank 0 says it. If not, nobody stops this process while it waits.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(3)
+    sys.stdout.flush()
     print(f"error: {message}", file=sys.stderr, flush=True)
     os._exit(1)
 
@@ -124,7 +128,8 @@ def run(main):
 def describe(args, model, device):
     """For the log: how the processes are used, and which attention kernel PyTorch takes."""
     heads = model.config.num_heads // sequence.size()
-    q = torch.empty(1, heads, 256, model.config.dim // model.config.num_heads, dtype=compute_dtype(args, device), device=device)
+    shape, dtype = (1, 256, heads, model.config.dim // model.config.num_heads), compute_dtype(args, device)
+    q = torch.empty(shape, dtype=dtype, device=device).transpose(1, 2).requires_grad_()
     ranks = dist.get_world_size()
     mesh = f"{ranks} processes (copies of the weights: {args.dp_replicate}, processes a clip: {sequence.size()})" if ranks > 1 else "1 process"
     return f"{mesh} on {device.type}, {SDPBackend(torch._fused_sdp_choice(q, q, q)).name.lower().replace('_', ' ')}"
@@ -239,9 +244,7 @@ def rollout(model, gathered):
 # ---------------------------------------------------------------------------------------------- optimization
 
 def clip_gradients(parameters, max_norm):
-    """Scale the gradients to a norm of at most `max_norm`, after backward; returns the norm before, a number.
-
-    """
+    """Scale the gradients to a norm of at most `max_norm`, after backward; returns the norm before, a number."""
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     return norm.full_tensor().item() if hasattr(norm, "full_tensor") else norm.item()
 

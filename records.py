@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -90,7 +91,7 @@ class Checkpoints:
     def __init__(self, args, model, optimizer, ema=None):
         self.directory, self.keep, self.trained = Path(args.output, "checkpoints"), args.keep, (model, optimizer, ema)
         self.thread, self.pending = ThreadPoolExecutor(1), None
-        self.group = dist.new_group(backend="gloo")  # of its own, since the thread's messages must not meet the training's
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(minutes=args.timeout))  # of its own, since the thread's messages must not meet the training's
         claim(args.output)
         for torn in self.directory.glob(".step_*.new") if is_main() else ():
             remove(torn)
@@ -125,12 +126,13 @@ class Checkpoints:
             written.result()
         except BaseException as error:
             if is_main():
-                remove(beside)
+                shutil.rmtree(beside, ignore_errors=True)  # others may still be writing there
             reasons = [reason for reason, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
             reasons = "; ".join(sorted({str(reason) for reason in reasons}))
+            if "gloo" in reasons:
+                raise RuntimeError(reasons) from None  # not the disk: another process has ended, as parallel.run will say
             raise OSError(f"the checkpoint {directory} could not be written ({reasons}); earlier ones are untouched") from None
         if is_main():
-            remove(directory)  # of a run that went on from an earlier step
             beside.rename(directory)
             found = checkpoints(self.directory.parent)
             for old in sorted(found)[:-self.keep]:
@@ -161,11 +163,11 @@ class Checkpoints:
                                        for loss, clips, k in losses if not loss.isfinite()])
         where = "; ".join(sorted({place for places in found for place in places})) or "though no loss is: it overflows in backward"
         newest, local = max(checkpoints(self.directory.parent), default=0), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        nodes = f"--nnodes={dist.get_world_size() // local} " if dist.get_world_size() > local else ""
+        nodes = f"--nnodes={dist.get_world_size() // local} --rdzv_... " if dist.get_world_size() > local else ""
         launcher = f"torchrun {nodes}--nproc_per_node={local}" if "RANK" in os.environ else "python"
         resume = " --resume" if newest and "--resume" not in sys.argv else ""
-        raise InputError(f"step {step}: the gradient norm is {norm} ({where}; seed {seed}); lower --lr or look at these clips; to see "
-                         f"it again, from step {newest} on: {launcher} {shlex.join(sys.argv)}{resume}")
+        raise InputError(f"step {step}: the gradient norm is {norm} ({where}; seed {seed}); look at these clips, or start another run "
+                         f"with a lower --lr; to see it again, from step {newest} on: {launcher} {shlex.join(sys.argv)}{resume}")
 
 
 _lock = None  # the open file of this process's run
@@ -199,11 +201,12 @@ _signals = []  # that have asked for a stop
 
 
 def stop_on_signals():
-    """From now on SIGTERM, and SIGUSR1 (Slurm's --signal), ask for a stop after the step; a second one ends the process at once."""
+    """From now on SIGTERM, and SIGUSR1 (Slurm's --signal), ask for a stop after the step; a second one, two seconds later or
+    more, ends the process as soon as Python runs: launchers may pass on one signal twice."""
     def ask(number, frame):
-        if _signals:
+        if _signals and time.time() > _signals[0][1] + 2:
             os._exit(128 + number)
-        _signals.append(number)
+        _signals.append((number, time.time()))
     _signals.clear()
     signal.signal(signal.SIGTERM, ask)
     signal.signal(signal.SIGUSR1, ask)
@@ -211,7 +214,7 @@ def stop_on_signals():
 
 def stop_asked():
     """Whether any rank got such a signal, the same answer on all ranks: the signal's name, or None."""
-    number = torch.tensor(_signals[0] if _signals else 0)
+    number = torch.tensor(_signals[0][0] if _signals else 0)
     dist.all_reduce(number, dist.ReduceOp.MAX)
     return signal.Signals(number.item()).name if number else None
 

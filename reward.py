@@ -16,7 +16,7 @@ from torch import nn
 
 import sequence
 from files import InputError, load_weights, read_json, save_weights, weight_shapes
-from lora import merged_state
+from lora import merges, official_state
 from model import WanConfig, WanModel
 
 
@@ -40,13 +40,14 @@ class QueryAttention(nn.Module):
         q = rearrange(F.linear(self.queries, wq, bq), "n (h d) -> h n d", h=mha.num_heads)
         # q (W_k x) = (q W_k) x and sum(a W_v x) = W_v sum(a x): with few queries no token needs a key or value of its own. The
         # keys' bias moves all logits of a query alike, and cancels.
-        logits = (q @ wk) @ tokens[:, None].transpose(-1, -2) * mha.head_dim ** -0.5  # (B, heads, n, L)
+        logits = F.linear(tokens, (q @ wk).flatten(0, 1)).transpose(1, 2) * mha.head_dim ** -0.5   # (B, heads n, L)
         logits = logits.masked_fill(~present, -math.inf)
         largest = sequence.max_over_ranks(logits.detach().amax(-1, keepdim=True))     # makes exp safe, and cancels too
         weights = (logits - largest).exp()
-        sums = sequence.sum_over_ranks(torch.cat([weights @ tokens[:, None], weights.sum(-1, keepdim=True)], -1))
-        found = sums[..., :-1] / sums[..., -1:] @ wv.transpose(-1, -2)                # (B, heads, n, d)
-        return mha.out_proj(rearrange(found, "b h n d -> b n (h d)") + bv), weights / sums[..., -1:]
+        sums = sequence.sum_over_ranks(torch.cat([weights @ tokens, weights.sum(-1, keepdim=True)], -1))  # (B, heads n, D + 1)
+        found, weights = ((x / sums[..., -1:]).unflatten(1, (mha.num_heads, -1)) for x in (sums[..., :-1], weights))
+        found = rearrange(found @ wv.transpose(-1, -2), "b h n d -> b n (h d)")
+        return mha.out_proj(found + bv), weights
 
     def forward(self, tokens, length=None):
         return (self.attend(tokens, length)[0] + self.queries).mean(1)               # (B, D)
@@ -122,7 +123,8 @@ class PAVRM(nn.Module):
     def save_pretrained(self, directory, dtype=None):
         """Write one directory with everything the reward needs. Under torchrun every rank calls it."""
         own = {"num_blocks": len(self.dit.blocks), "tasks": self.tasks, "use_clip": self.dit.config.use_clip, **self.settings}
-        save_weights(directory, merged_state(self), {**self.dit.config.official(), "pavrm": own}, name="pavrm", dtype=dtype)
+        config = {**self.dit.config.official(), "pavrm": own}
+        save_weights(directory, official_state(self), config, name="pavrm", dtype=dtype, merge=merges(self))
 
     @classmethod
     def on_meta(cls, directory):

@@ -6,12 +6,18 @@ from torch import nn
 
 import files
 from files import InputError
-from lora import LoRALinear, adapters, add_lora, merged_state, save_adapter, start_lora, without_adapters
+from lora import LoRALinear, adapters, add_lora, merges, official_state, save_adapter, start_lora, without_adapters
 from model import WanModel
 from test_model import checkpointing, tiny
 from testdata.golden import draw
 
 INPUTS = dict(x=draw((1, 16, 2, 4, 4), 1), t=torch.tensor([500.0]), context=[draw((3, 8), 2)])
+
+
+def merged_state(model):
+    """What is saved."""
+    functions = merges(model)
+    return {name: functions[name](tensor) if name in functions else tensor for name, tensor in official_state(model).items()}
 
 
 def with_adapters(rank=3, alpha=6.0, targets=("q", "k", "v", "o"), started=True):

@@ -157,7 +157,7 @@ def test_an_offloaded_input_leaves_the_device():
     for layer in layers:
         alive.append(weakref.ref(x))
         x = run_block(layer, x)
-    assert [each() is None for each in alive] == [True] * 4
+    assert [each() is None for each in alive] == [True] * 4  # but for the last one, detached: backward begins with it
     x.sum().backward()
     assert all(layer.weight.grad is not None for layer in layers)
 
@@ -176,7 +176,8 @@ class Calls(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("flags", [[], pytest.param(["--lora_rank", "4"], marks=pytest.mark.full)])
+@pytest.mark.parametrize("flags", [[], pytest.param(["--lora_rank", "4"], marks=pytest.mark.full),
+                                   pytest.param(["--compute_dtype", "bf16"], marks=pytest.mark.full)])
 def test_at_most_three_graphs_and_none_after_the_second_step(world, monkeypatch, flags):
     """Counted with a backend that runs them as they are: the policy with and without gradient, and the reward model."""
     counter, compiled, after = CompileCounter(), torch.compile, []
@@ -190,7 +191,7 @@ def test_at_most_three_graphs_and_none_after_the_second_step(world, monkeypatch,
     compiled_log = numbers(run(train_prfl, "compiled", *flags, "--compile", "--checkpoint_blocks"))
     assert 2 <= counter.frame_count <= 3 and after[3] == after[-1] == counter.frame_count  # two checks a step
     for a, b in zip(plain, compiled_log):
-        assert b.pop("k") == a.pop("k") and b == pytest.approx(a, rel=1e-3)
+        assert b.pop("k") == a.pop("k") and b == pytest.approx(a, rel=0.02 if "bf16" in flags else 1e-3)
 
 
 def test_the_rollout_waits_for_nothing(world):

@@ -324,10 +324,10 @@ def main(argv=None):
             ema.update()
         done = step + 1
         log(done, **logged, lr=optimizer.param_groups[0]["lr"])
-        if sampling and (done % sampling == 0 or done == args.steps):
+        stopped_by = records.stop_asked()
+        if sampling and (done % sampling == 0 or done == args.steps) and not stopped_by:
             with ema.swapped() if ema else nullcontext():
                 stop = evaluate(policy, pavrm, tasks, vae, val_clips, done, args, device, log)
-        stopped_by = records.stop_asked()
         checkpoints.check()
         if done % args.save_every == 0 or done == args.steps or stop or stopped_by:
             checkpoints.save(done)
