@@ -1,6 +1,6 @@
 """Does a run survive being killed? Kill one again and again, go on with --resume, compare with a run that nobody touched.
 
-    python crash.py                # 20 kills of a run of train_prfl.py in two processes, about ten minutes on two cores
+    python crash.py                # 20 kills of a run of train_prfl.py in two processes, six to ten minutes on two cores
 
 A kill is SIGKILL at a random moment, during saves too: to both processes, or to one, and then the other has to end by
 itself with one sentence. After each, every file that is there must be whole. In the end log and weights must be those of
