@@ -16,7 +16,7 @@ import time
 import torch
 
 import parallel
-from bench import synchronize
+from bench import profile, synchronize
 from files import InputError
 from model import WanConfig, WanModel
 
@@ -95,6 +95,7 @@ def main(argv=None):
     parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=["float32", "bfloat16"], help="of the weights")
     parser.add_argument("--threads", nargs="+", type=int, default=[1], help="CPU threads")
     parser.add_argument("--compile", action="store_true", help="time the blocks under torch.compile too")
+    parser.add_argument("--profile", action="store_true", help="also shares of matrix products, attention and the rest of one more call")
     parser.add_argument("--repeats", type=int, default=20, help="timed calls of each model; the median and the minimum count")
     args = parser.parse_args(argv)
     device, rows = torch.device("cuda" if torch.cuda.is_available() else "cpu"), []
@@ -109,6 +110,11 @@ def main(argv=None):
             runs = (lambda: ours(x, t, texts), lambda: theirs(x.to(texts.dtype), t, texts, return_dict=False)[0])
             output, gradient, worst = check(ours, theirs, *runs)
             print(f"{size:7} {dtype:9} largest difference over largest value: outputs {output:.1e}, gradients {gradient:.1e} ({worst})")
+            for whose, run in zip(("ours", "diffusers"), runs) if args.profile else ():
+                torch.set_num_threads(args.threads[0])
+                for name, job in JOBS.items():
+                    shares = profile(lambda job=job, run=run: job(run), device)
+                    print(f"{size:7} {dtype:9} {whose}, {name}: " + ", ".join(f"{group} {share:.1%}" for group, share in shares.items()))
             for compiled in [False, True] if args.compile else [False]:
                 if compiled:
                     for block in [*ours.blocks, *theirs.blocks]:

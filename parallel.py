@@ -131,8 +131,8 @@ def describe(args, model, device):
     shape, dtype = (1, 256, heads, model.config.dim // model.config.num_heads), compute_dtype(args, device)
     q = torch.empty(shape, dtype=dtype, device=device).transpose(1, 2).requires_grad_()
     ranks = dist.get_world_size()
-    mesh = f"{ranks} processes (copies of the weights: {args.dp_replicate}, processes a clip: {sequence.size()})" if ranks > 1 else "1 process"
-    return f"{mesh} on {device.type}, {SDPBackend(torch._fused_sdp_choice(q, q, q)).name.lower().replace('_', ' ')}"
+    several = f"{ranks} processes (copies of the weights: {args.dp_replicate}, processes a clip: {sequence.size()})"
+    return f"{several if ranks > 1 else '1 process'} on {device.type}, {SDPBackend(torch._fused_sdp_choice(q, q, q)).name.lower().replace('_', ' ')}"
 
 
 def data_ranks():
@@ -174,7 +174,8 @@ def mean(values):
 # ---------------------------------------------------------------------------------------------- sharding
 
 def compute_dtype(args, device):
-    return {"bf16": torch.bfloat16, "float32": torch.float32, None: torch.bfloat16 if device.type == "cuda" else torch.float32}[args.compute_dtype]
+    chosen = args.compute_dtype or ("bf16" if device.type == "cuda" else "float32")
+    return {"bf16": torch.bfloat16, "float32": torch.float32}[chosen]
 
 
 def shard(model, blocks, float32, device, args):

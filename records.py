@@ -40,14 +40,14 @@ def check_run(args):
     processes cannot share."""
     for name, smallest in [("steps", 1), ("batch_size", 1), ("accumulation", 1), ("num_queries", 1), ("gradient_steps", 1),
                            ("num_blocks", 1), ("lora_rank", 0), ("ema", 0), ("warmup", 0), ("shift", 1e-3), ("sft_ratio", 1e-3),
-                           ("rwr_temperature", 1e-6), ("samples", 0), ("sample_every", 0), ("save_every", 1), ("eval_every", 1), ("export_every", 0),
-                           ("keep", 1), ("timeout", 1e-3)]:
+                           ("rwr_temperature", 1e-6), ("samples", 0), ("sample_every", 0), ("save_every", 1), ("eval_every", 1),
+                           ("export_every", 0), ("keep", 1), ("timeout", 1e-3)]:
         value = getattr(args, name, None)
         if value is not None and (value < smallest or name == "ema" and value > 1):
             raise InputError(f"--{name} {value} is not possible; give {'0 to 1' if name == 'ema' else f'{smallest} or more'}")
-    for needed in ("save_attention", "offload inputs"):
-        if not args.checkpoint_blocks and (args.save_attention if needed == "save_attention" else "inputs" in args.offload):
-            raise InputError(f"--{needed} is about checkpointed blocks; add --checkpoint_blocks, or leave it out")
+    if (args.save_attention or "inputs" in args.offload) and not args.checkpoint_blocks:
+        flag = "save_attention" if args.save_attention else "offload inputs"
+        raise InputError(f"--{flag} is about checkpointed blocks; add --checkpoint_blocks, or leave it out")
     if args.save_attention and args.compile:
         raise InputError("--save_attention cannot look into compiled blocks; leave it or --compile out")
     share(range(args.batch_size))
@@ -91,7 +91,8 @@ class Checkpoints:
     def __init__(self, args, model, optimizer, ema=None):
         self.directory, self.keep, self.trained = Path(args.output, "checkpoints"), args.keep, (model, optimizer, ema)
         self.thread, self.pending = ThreadPoolExecutor(1), None
-        self.group = dist.new_group(backend="gloo", timeout=timedelta(minutes=args.timeout))  # of its own, since the thread's messages must not meet the training's
+        # A group of its own: the thread's messages must not meet the training's.
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(minutes=args.timeout))
         claim(args.output)
         for torn in self.directory.glob(".step_*.new") if is_main() else ():
             remove(torn)
@@ -235,7 +236,7 @@ class Log:
         git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else None
         write_json(output / "run.json", {"arguments": vars(args), "commit": commit, "torch": torch.__version__,
-                                              "processes": dist.get_world_size(), "device": str(device)})
+                                         "processes": dist.get_world_size(), "device": str(device)})
 
     def __call__(self, step, **values):
         """Write one line; values that are dicts go to the file alone."""

@@ -230,6 +230,7 @@ def main(argv=None):
         return range(step * count, (step + 1) * count)
 
     def load(step):
+        """{micro_step: what this process reads for it}; a thread does so while the step before is computed."""
         needed = sorted({micro_step for phase in args.phases for micro_step in micro_steps(step, phase)})
         return {micro_step: [clips.load(i) for _, i in parallel.share(order[micro_step])] for micro_step in needed}
 
@@ -255,14 +256,11 @@ def main(argv=None):
         return x0, noise, velocity, start, reward_logits, keys
 
     def export(directory):
-        policy.save_pretrained(Path(directory, "model"), torch.float32)
-        if args.lora_rank:
-            save_adapter(policy, Path(directory, "adapter.safetensors"))
-        if ema:
-            with ema.swapped():
-                policy.save_pretrained(Path(directory, "model_ema"), torch.float32)
+        for suffix in ("", "_ema") if ema else ("",):
+            with ema.swapped() if suffix else nullcontext():
+                policy.save_pretrained(Path(directory, f"model{suffix}"), torch.float32)
                 if args.lora_rank:
-                    save_adapter(policy, Path(directory, "adapter_ema.safetensors"))
+                    save_adapter(policy, Path(directory, f"adapter{suffix}.safetensors"))
 
     if sampling and first_step == 0:
         evaluate(policy, pavrm, tasks, vae, val_clips, 0, args, device, log)
@@ -289,7 +287,7 @@ def main(argv=None):
                         weight = ((reward - sum(tasks.values())) / args.rwr_temperature).exp()                      # (B,), up to 1
                 loss = sft_loss(velocity, x0, noise, sigma, t, weight)
                 (loss / sft_count).backward()
-                losses.append((loss.detach(), names(samples[micro_step]), None))
+                losses.append((loss.detach(), sources(samples[micro_step]), None))
             logged[f"{phase}_norm"] = parallel.clip_gradients(trained, args.max_norm)
             checkpoints.check_finite(logged[f"{phase}_norm"], step + 1, losses, args.seed)
             optimizer.step()
@@ -309,7 +307,7 @@ def main(argv=None):
                     loss = sum(weight * reward_loss(logits[:, i], args.reward_weight, args.reward_form)
                                for i, weight in enumerate(tasks.values())) + args.kl_weight * distance
                     (loss / args.accumulation / len(drawn)).backward()
-                    losses.append((loss.detach(), names(samples[micro_step]), k))
+                    losses.append((loss.detach(), sources(samples[micro_step]), k))
                     rewards.append(reward_of(logits.detach(), tasks).mean())
                     distances.append(distance.detach())
             logged["reward_norm"] = parallel.clip_gradients(trained, args.max_norm)
@@ -345,7 +343,8 @@ def main(argv=None):
     log.say(f"the trained model is in {args.output}/model")
 
 
-def names(samples):
+def sources(samples):
+    """For messages: which clips these are."""
     return [sample["entry"]["source_id"] for sample in samples]
 
 
