@@ -1,10 +1,10 @@
 """The image tower of CLIP ViT-H/14: how Wan2.1's image-to-video models see the first (and last) frame.
 
-The image is squashed to a square of 224 pixels and cut into patches of 14; the patches and one class token run
-through a pre-norm transformer. CLIP itself goes on to make one vector of them, to compare with a text. Wan wants
-the parts of the picture, so it takes all tokens as they stand before the last block: 1 + 16 * 16 = 257 tokens of
-1280 channels. What follows (last block, `post_norm`, `head`) exists, so that the official file loads strictly, and
-is never used.
+The image is resized to a square of 224 pixels, whatever its shape, and cut into patches of 14. The patches
+and one class token run through a pre-norm transformer. CLIP itself then turns them into one vector, to
+compare it with a text. Wan needs the parts of the picture, so it takes all tokens before the last block: 1 +
+16 * 16 = 257 tokens of 1280 channels. The rest (last block, `post_norm`, `head`) is not used; it exists so
+that the official file loads strictly.
 """
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,10 @@ from torch import nn
 
 from files import InputError, load_weights, weight_shapes
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images, in [0, 1], red green blue
+# In the directory of a Wan2.1 image-to-video model.
+CLIP_FILE = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images: red, green, blue in [0, 1]
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -26,7 +29,8 @@ class Attention(nn.Module):
     def forward(self, x):
         qkv = self.to_qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, n, 3, heads, head size)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, n, head size)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))  # (B, n, dim)
+        out = F.scaled_dot_product_attention(q, k, v)  # (B, heads, n, head size)
+        return self.proj(out.transpose(1, 2).flatten(2))  # (B, n, dim)
 
 
 class Block(nn.Module):
@@ -56,9 +60,10 @@ class VisionTransformer(nn.Module):
 
     def forward(self, image):
         patches = self.patch_embedding(image).flatten(2).transpose(1, 2)  # (B, patches, dim), row by row
-        x = torch.cat([self.cls_embedding.expand(len(image), -1, -1), patches], dim=1)  # (B, 1 + patches, dim)
+        class_token = self.cls_embedding.expand(len(image), -1, -1)  # (B, 1, dim)
+        x = torch.cat([class_token, patches], dim=1)  # (B, 1 + patches, dim)
         x = self.pre_norm(x + self.pos_embedding)  # (B, 1 + patches, dim)
-        return self.transformer[:-1](x)  # (B, 1 + patches, dim), the last block left out
+        return self.transformer[:-1](x)  # (B, 1 + patches, dim), without the last block
 
 
 class CLIPVisionModel(nn.Module):
@@ -70,19 +75,20 @@ class CLIPVisionModel(nn.Module):
         self.visual = VisionTransformer(image_size, patch_size, dim, num_heads, num_layers, out_dim)
 
     def forward(self, image):
-        """image (B, 3, H, W) in [-1, 1], any H and W -> tokens (B, 1 + patches, dim), the class token first."""
+        """image (B, 3, H, W) in [-1, 1], any H and W -> tokens (B, 1 + patches, dim), class token first."""
         size = (self.image_size, self.image_size)
         image = F.interpolate(image.float(), size, mode="bicubic", align_corners=False, antialias=False)
-        mean, std = (image.new_tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+        mean = image.new_tensor(MEAN).view(3, 1, 1)
+        std = image.new_tensor(STD).view(3, 1, 1)
         image = ((image + 1) / 2 - mean) / std  # (B, 3, *size), each colour about N(0, 1)
         return self.visual(image.to(self.visual.head.dtype))  # (B, 1 + patches, dim)
 
     @classmethod
     def from_pretrained(cls, path, dtype=torch.float32, device="cpu"):
-        """The frozen image tower of a checkpoint (`models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth`).
+        """The frozen image tower of a checkpoint (CLIP_FILE).
 
-        Sizes are read off its shapes; the text tower in the same file is passed over. Raises InputError where the
-        file is missing, damaged or another model's.
+        Sizes are read from its shapes; the text tower in the same file is skipped. Raises InputError if the
+        file is missing, damaged or of another model.
         """
         shapes = weight_shapes(path)
         try:
@@ -90,15 +96,15 @@ class CLIPVisionModel(nn.Module):
             _, num_tokens, _ = shapes["visual.pos_embedding"]
             _, out_dim = shapes["visual.head"]
         except KeyError as missing:
-            raise InputError(f"{path} holds no CLIP image tower ({missing} is missing); give the official "
-                             f"models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth") from None
+            raise InputError(f"{path} holds no CLIP image tower ({missing} is missing); "
+                             f"give the official {CLIP_FILE}") from None
         if dim % 80:
-            raise InputError(f"{path} is not CLIP ViT-H (its width {dim} is no multiple of the head size, 80); "
-                             f"give the official models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth")
-        num_heads = dim // 80  # no shape tells it: heads of 80 channels, as in ViT-H
+            raise InputError(f"{path} is not CLIP ViT-H (its width is {dim}, not a multiple of 80); "
+                             f"give the official {CLIP_FILE}")
+        num_heads = dim // 80  # heads of 80 channels, as in ViT-H; no shape in the file tells their number
         image_size = round((num_tokens - 1) ** 0.5) * patch_size
         num_layers = sum(name.startswith("visual.") and name.endswith(".attn.proj.weight") for name in shapes)
-        with torch.device("meta"):  # shapes without memory; the weights are then read straight into their place
+        with torch.device("meta"):  # shapes without memory; the weights are then read into place
             model = cls(image_size, patch_size, dim, num_heads, num_layers, out_dim)
         model = model.to(dtype).to_empty(device=device)
         return load_weights(model, path, ignore=("textual.", "log_scale")).eval().requires_grad_(False)

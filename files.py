@@ -1,10 +1,12 @@
-"""Read weights strictly, write files whole.
+"""Read weights strictly and write files atomically.
 
-Everything the project loads or saves passes through here, so two promises are kept in one place:
+Everything that the project loads or saves passes through here, so two promises are kept in one place:
 
-* what is loaded has exactly the expected names and shapes, is never unpickled into objects, and streams
-  tensor by tensor into its place (a plain tensor or this rank's shard of one);
-* what is saved appears whole or not at all: it is written beside its place, flushed to the disk, then renamed.
+* Loaded weights have exactly the expected names and shapes. They are never unpickled into objects, and stream
+  tensor by tensor into place (a plain tensor or this rank's shard of one).
+* A saved file or directory appears whole or not at all: it is written beside its place, flushed to the disk
+and
+  then renamed.
 """
 import json
 import math
@@ -23,10 +25,10 @@ SHARD_BYTES = 5 * 1000**3  # the size at which the official checkpoints are cut
 
 
 class InputError(ValueError):
-    """Something that the user gave is wrong. The message is one sentence: what, where, what to do."""
+    """The user gave something wrong. The message is one sentence that says what, where and what to do."""
 
 
-# ---------------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------ reading
 
 def read_json(path):
     try:
@@ -34,21 +36,22 @@ def read_json(path):
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; check the path") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path} is not valid JSON ({error}); mend it or write it again") from None
+        raise InputError(f"{path} is not valid JSON ({error}); fix it or write it again") from None
 
 
 def open_safetensors(path):
-    """`safe_open`, with a sentence where the file is missing, cut short or something else."""
+    """`safe_open`; raises InputError if the file is missing, cut short or something else."""
     if not Path(path).is_file():
         raise InputError(f"{path} does not exist; check the path")
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
-        raise InputError(f"{path} is damaged or no safetensors file ({error}); copy or make it again") from None
+        raise InputError(f"{path} is damaged or not a safetensors file ({error}); "
+                         f"copy or make it again") from None
 
 
 def weight_files(path):
-    """The files that hold the weights at `path`: a directory (sharded or not), a .safetensors or a .pth file."""
+    """The files with the weights at `path`: a directory (sharded or not), a .safetensors or a .pth file."""
     path = Path(path)
     if path.is_file():
         return [path]
@@ -56,56 +59,74 @@ def weight_files(path):
         raise InputError(f"{path} does not exist; check the path")
     indices = sorted(path.glob("*.safetensors.index.json"))
     if indices:
-        return [path / name for name in sorted(set(read_json(indices[0])["weight_map"].values()))]
+        names = set(read_json(indices[0])["weight_map"].values())
+        return [path / name for name in sorted(names)]
     found = sorted(path.glob("*.safetensors"))
     if len(found) != 1:
-        raise InputError(f"{path} holds {len(found)} safetensors files and no index; expected an official model directory")
+        raise InputError(f"{path} holds {len(found)} safetensors files and no index; "
+                         f"expected an official model directory")
     return found
 
 
 def read_weights(path):
-    """Yield (name, shape, read) for every tensor at `path`; `read(rows)` returns a slice of its first axis from the file, and
-    `read()` all of it."""
+    """Yield (name, shape, read) for every tensor at `path`.
+
+    `read()` returns the tensor from the file, `read(rows)` only a slice of its first axis.
+    """
     for file in weight_files(path):
-        if file.suffix == ".safetensors":
-            with open_safetensors(file) as tensors:
-                for name in tensors.keys():
-                    yield name, tuple(tensors.get_slice(name).get_shape()), lambda rows=None, name=name: (
-                        tensors.get_tensor(name) if rows is None else tensors.get_slice(name)[rows])
-        else:
-            try:
-                state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-                shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-            except Exception as error:  # torch raises many kinds; whichever it is, nothing of the file has been run
-                reason = str(error).strip().splitlines()[0][:200]
-                raise InputError(f"{file} is damaged or holds more than tensors and was not loaded "
-                                 f"({type(error).__name__}: {reason}); use the official file") from None
-            for name, shape in shapes.items():
-                yield name, shape, lambda rows=None, name=name: state[name] if rows is None else state[name][rows]
+        yield from _read_safetensors(file) if file.suffix == ".safetensors" else _read_pth(file)
+
+
+def _read_safetensors(file):
+    with open_safetensors(file) as tensors:
+        for name in tensors.keys():
+            part = tensors.get_slice(name)
+
+            def read(rows=None, name=name, part=part):
+                return tensors.get_tensor(name) if rows is None else part[rows]
+
+            yield name, tuple(part.get_shape()), read
+
+
+def _read_pth(file):
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    except Exception as error:  # torch raises many kinds; in each case nothing from the file has been run
+        reason = str(error).strip().splitlines()[0][:200]
+        raise InputError(f"{file} is damaged or holds more than tensors and was not loaded "
+                         f"({type(error).__name__}: {reason}); use the official file") from None
+    for name, shape in shapes.items():
+        def read(rows=None, name=name):
+            return state[name] if rows is None else state[name][rows]
+
+        yield name, shape, read
 
 
 def weight_shapes(path):
-    """{tensor name: shape} of the weights at `path`, from the headers alone."""
+    """{tensor name: shape} of the weights at `path`, read from the headers only."""
     return {name: shape for name, shape, _ in read_weights(path)}
 
 
 @torch.no_grad()
 def load_weights(module, path, prefix="", ignore=()):
-    """Fill `module` in place from the weights at `path`; all names and shapes must match.
+    """Fill `module` in place from the weights at `path`. All names and shapes must match, else InputError.
 
-    `prefix` selects and strips a prefix of the file's names (CLIP's file holds two towers); names that start with
-    one of `ignore` are passed over (a reward model has no use for the transformer's head). Parameters that
-    `fully_shard` has turned into DTensors read this rank's part alone. Never holds more than the module and one tensor.
+    prefix: only names with this prefix are read, and the prefix is stripped (CLIP's file holds two towers).
+    ignore: names that then start with one of these are skipped (a reward model does not use the transformer's
+    head). The adapters of LoRA are not part of a checkpoint and keep their values. Parameters that
+    `fully_shard` has turned into DTensors read only this rank's part. Memory: the module and one tensor.
     """
     def wanted(name):
         return name.startswith(prefix) and not name.removeprefix(prefix).startswith(tuple(ignore))
 
-    ours = {name: tensor for name, tensor in module.state_dict().items() if ".lora_" not in name}  # adapters are no part of it
+    ours = {name: tensor for name, tensor in module.state_dict().items() if ".lora_" not in name}
     theirs = {name.removeprefix(prefix): shape for name, shape in weight_shapes(path).items() if wanted(name)}
-    faults = ([f"{name} is missing" for name in ours if name not in theirs]
-              + [f"{name} is not expected" for name in theirs if name not in ours]
-              + [f"{name} is {list(theirs[name])}, expected {list(ours[name].shape)}"
-                 for name in ours if name in theirs and theirs[name] != tuple(ours[name].shape)])
+    faults = [f"{name} is missing" for name in ours if name not in theirs]
+    faults += [f"{name} is not expected" for name in theirs if name not in ours]
+    for name, tensor in ours.items():
+        if name in theirs and theirs[name] != tuple(tensor.shape):
+            faults.append(f"{name} is {list(theirs[name])}, expected {list(tensor.shape)}")
     if faults:
         more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise InputError(f"{path} is a checkpoint of another model: {'; '.join(faults[:3])}{more}; "
@@ -114,12 +135,15 @@ def load_weights(module, path, prefix="", ignore=()):
         if wanted(name):
             tensor = ours[name.removeprefix(prefix)]
             rows = own_rows(tensor)
-            fill(tensor, read()) if rows is None else tensor.to_local().copy_(read(rows))
+            if rows is None:
+                fill(tensor, read())
+            else:
+                tensor.to_local().copy_(read(rows))
     return module
 
 
 def own_rows(tensor):
-    """The slice of the first axis that this rank holds of a tensor sharded along it; None of any other."""
+    """This rank's slice of the first axis of a tensor that is sharded along it; None for other tensors."""
     if not isinstance(tensor, DTensor) or Shard(0) not in tensor.placements:
         return None
     axis = tensor.placements.index(Shard(0))
@@ -130,36 +154,40 @@ def own_rows(tensor):
 
 @torch.no_grad()
 def fill(target, values):
-    """Copy a whole tensor, which every rank has, into a plain tensor or into this rank's shard of one."""
+    """Copy a full tensor, which every rank has, into a plain tensor or into this rank's shard of one."""
     if isinstance(target, DTensor):
-        values = distribute_tensor(values.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
+        values = values.to(target.device)
+        values = distribute_tensor(values, target.device_mesh, target.placements, src_data_rank=None)
     target.copy_(values)
 
 
-def whole(tensor):
-    """A tensor gathered from all ranks, which must all call this; a plain tensor as it is."""
+def full_tensor(tensor):
+    """Gather a sharded tensor; every rank must call this. A plain tensor is returned as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-# ---------------------------------------------------------------------------------------------- writing
+# ------------------------------------------------------------------------------ writing
 
 @contextmanager
-def written_whole(path):
-    """`with written_whole(path) as beside:` write a file or a directory at `beside`; it is renamed to `path` if all went well.
+def atomic_write(path):
+    """`with atomic_write(path) as beside:` write a file or a directory at `beside`; at the end it is renamed.
 
-    On any error, or Ctrl-C, what was written is removed and what stood at `path` before still stands. A directory
-    is never replaced by a file.
+    On any error, or Ctrl-C, `beside` is removed and `path` stays as it was. A file never replaces a
+    directory.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside, before = (path.with_name(f".{path.name}.{kind}") for kind in ("new", "old"))
+    beside = path.with_name(f".{path.name}.new")
+    before = path.with_name(f".{path.name}.old")
     remove(beside)
     try:
         yield beside
         if path.is_dir() and not beside.is_dir():
             raise InputError(f"{path} is a directory; give the name of a file")
-        for file in [beside, *beside.rglob("*")] if beside.is_dir() else [beside]:
-            flush(file)
+        flush(beside)
+        if beside.is_dir():
+            for file in beside.rglob("*"):
+                flush(file)
         if path.is_dir():  # rename cannot replace a directory that is not empty
             remove(before)
             path.rename(before)
@@ -173,7 +201,7 @@ def written_whole(path):
 
 
 def flush(path):
-    """Wait until a file or a directory's entries are on the disk."""
+    """Wait until a file, or the entries of a directory, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
@@ -184,13 +212,13 @@ def remove(path):
 
 
 def write_json(path, value):
-    with written_whole(path) as beside:
+    with atomic_write(path) as beside:
         beside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_safetensors(path, tensors, metadata=None):
-    """Write {name: tensor} to one safetensors file, whole or not at all."""
-    with written_whole(path) as beside:
+    """Write {name: tensor} to one safetensors file, atomically."""
+    with atomic_write(path) as beside:
         _save_file(tensors, beside, path, metadata)
 
 
@@ -201,24 +229,32 @@ def _save_file(tensors, beside, path, metadata=None):
         os.umask(umask)
         os.chmod(beside, 0o666 & ~umask)  # safetensors lets only the owner read
         flush(beside)  # now, so that other ranks wait for one file at a time
-    except SafetensorError as error:  # the disk is full, say
-        raise OSError(f"{path} could not be written ({error}); what stood there before is untouched") from None
+    except SafetensorError as error:  # for example a full disk
+        raise OSError(f"{path} could not be written ({error}); what was there before is untouched") from None
 
 
 @torch.no_grad()
 def save_weights(directory, state, config, name="diffusion_pytorch_model", dtype=None, merge=None):
     """Write a state dict in the official layout: config.json and safetensors, cut at 5 GB with an index.
 
-    Every rank calls it (sharded tensors are gathered one at a time); rank 0 holds one file at most, and writes.
-    `config` is the content of config.json. `dtype` casts floating tensors, None keeps them. `merge` has a function for some
-    names, through which their tensors go when their turn comes: an adapter that is added, in float32.
+    Every rank must call it. Sharded tensors are gathered one at a time; rank 0 holds at most one file, and
+    writes. config: the content of config.json. dtype: what tensors are cast to; None keeps their dtypes.
+    merge: {name: function}; these tensors pass through their function when their turn comes, which returns
+    float32 (lora.merges).
     """
     directory = Path(directory)
-    others = [file.name for file in sorted(directory.glob("*")) if file.name != "config.json" and not file.name.startswith(name)]
-    if others:  # the directory is replaced as a whole, and those would be lost
-        raise InputError(f"{directory} holds other files ({', '.join(others[:3])}); save to a directory of its own")
+    names = sorted(file.name for file in directory.glob("*"))
+    others = [other for other in names if other != "config.json" and not other.startswith(name)]
+    if others:  # they would be lost, because the whole directory is replaced
+        raise InputError(f"{directory} holds other files ({', '.join(others[:3])}); "
+                         f"save to a directory of its own")
     merge = merge or {}
-    size = {key: tensor.numel() * (dtype or (torch.float32 if key in merge else tensor.dtype)).itemsize for key, tensor in state.items()}
+
+    # Distribute the tensors over files of at most SHARD_BYTES.
+    size = {}
+    for key, tensor in state.items():
+        saved_dtype = dtype or (torch.float32 if key in merge else tensor.dtype)
+        size[key] = tensor.numel() * saved_dtype.itemsize
     shards = [[]]
     for key in state:
         if shards[-1] and sum(size[other] for other in shards[-1]) + size[key] > SHARD_BYTES:
@@ -232,7 +268,10 @@ def save_weights(directory, state, config, name="diffusion_pytorch_model", dtype
     def gather(keys):
         tensors = {}
         for key in keys:
-            tensor = whole(merge[key](state[key].detach()) if key in merge else state[key].detach())
+            tensor = state[key].detach()
+            if key in merge:
+                tensor = merge[key](tensor)
+            tensor = full_tensor(tensor)
             if is_main():
                 tensors[key] = tensor.to("cpu", dtype or tensor.dtype)
         return tensors
@@ -240,14 +279,14 @@ def save_weights(directory, state, config, name="diffusion_pytorch_model", dtype
     if not is_main():
         for keys in shards:
             gather(keys)
-        dist.barrier()  # nobody goes on before the files stand
+        dist.barrier()  # no rank goes on before the files exist
         return
-    with written_whole(directory) as beside:
+    with atomic_write(directory) as beside:
         beside.mkdir()
-        for file, keys in zip(names, shards):
+        for file, keys in zip(names, shards, strict=True):
             _save_file(gather(keys), beside / file, directory / file, {"format": "pt"})
         if len(shards) > 1:
-            weight_map = {key: file for file, keys in zip(names, shards) for key in keys}
+            weight_map = {key: file for file, keys in zip(names, shards, strict=True) for key in keys}
             index = {"metadata": {"total_size": sum(size.values())}, "weight_map": weight_map}
             (beside / f"{name}.safetensors.index.json").write_text(json.dumps(index, indent=1))
         (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -1,41 +1,44 @@
 """LoRA: train a small update of low rank beside frozen weights (Hu et al. 2021, arXiv 2106.09685).
 
-W x + b becomes W x + b + (alpha / rank) B A x. W stays as it was loaded; A and B are stored in float32 and compute in what
-the layer computes in. Saved models have the update merged into W, so that they load wherever the official ones do; the
-adapter is saved by itself too.
+W x + b becomes W x + b + (alpha / rank) B A x. W stays as it was loaded. A and B are stored in float32 and
+compute in the layer's dtype. In saved models the update is merged into W, so they load wherever the official
+ones do. The adapter is also saved by itself.
 """
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
-from files import InputError, fill, is_main, whole, write_safetensors
+from files import InputError, fill, full_tensor, is_main, write_safetensors
 
 
 class LoRALinear(nn.Linear):
-    """A frozen linear layer with a trained update of low rank beside it."""
+    """A frozen linear layer with a trained update of low rank."""
 
     def __init__(self, linear, rank, alpha):
-        nn.Module.__init__(self)
+        nn.Module.__init__(self)  # not nn.Linear's, which would make a weight
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
-        self.lora_A = nn.Linear(linear.in_features, rank, bias=False, device=linear.weight.device)   # float32
-        self.lora_B = nn.Linear(rank, linear.out_features, bias=False, device=linear.weight.device)
-        self.scale, self.adapter_on = alpha / rank, True
+        device = linear.weight.device
+        self.lora_A = nn.Linear(linear.in_features, rank, bias=False, device=device)   # float32
+        self.lora_B = nn.Linear(rank, linear.out_features, bias=False, device=device)  # float32
+        self.scale = alpha / rank
+        self.adapter_on = True
 
     def forward(self, x):
         out = super().forward(x)
         if self.adapter_on:
-            out = out + self.scale * self.lora_B(self.lora_A(x.to(self.lora_A.weight.dtype))).to(out.dtype)
+            update = self.lora_B(self.lora_A(x.to(self.lora_A.weight.dtype)))
+            out = out + self.scale * update.to(out.dtype)
         return out
 
     def merged(self, weight):
-        """The weight with its update, float32."""
+        """The weight with its update merged in, float32."""
         return weight.float() + self.scale * (self.lora_B.weight @ self.lora_A.weight)
 
 
 def add_lora(model, rank, alpha, targets=("q", "k", "v", "o")):
-    """Freeze `model` and give the linear layers of its blocks that `targets` names (q or ffn.0, say) an adapter each."""
+    """Freeze `model` and add adapters to linear layers of its blocks. targets: their names, as q or ffn.0."""
     model.requires_grad_(False)
     for target in targets:
         for block in model.blocks:
@@ -54,7 +57,10 @@ def adapters(module):
 
 
 def start_lora(module, seed):
-    """Start values: A as torch starts a linear layer, the same on all ranks; B zero, so nothing changes yet."""
+    """Set the initial values, the same on all ranks.
+
+    A starts as torch initialises a linear layer, B at zero, so that the model does not change yet.
+    """
     generator = torch.Generator().manual_seed(seed)
     for layer in adapters(module).values():
         rank, width = layer.lora_A.weight.shape
@@ -64,7 +70,7 @@ def start_lora(module, seed):
 
 @contextmanager
 def without_adapters(module):
-    """The model as it was before: `with without_adapters(policy): ...`"""
+    """The model as it was before training: `with without_adapters(policy): ...`"""
     for layer in adapters(module).values():
         layer.adapter_on = False
     try:
@@ -75,25 +81,26 @@ def without_adapters(module):
 
 
 def official_state(module):
-    """The state dict under its official names, without adapters."""
+    """The state dict with official names, without adapters."""
     return {name: tensor for name, tensor in module.state_dict().items() if ".lora_" not in name}
 
 
 def merges(module):
-    """{name: function} for save_weights: W -> W + (alpha / rank) B A, float32, one weight at a time."""
+    """{name: function} for save_weights: W -> W + (alpha / rank) B A in float32, one weight at a time."""
     return {f"{name}.weight": layer.merged for name, layer in adapters(module).items()}
 
 
 @torch.no_grad()
 def save_adapter(module, path):
-    """The adapters alone, under the names that diffusers and ComfyUI load. Under torchrun every rank calls it.
+    """Write only the adapters, with the names that diffusers and ComfyUI load.
 
-    alpha / rank is multiplied into B: readers differ in where they look for alpha.
+    alpha / rank is multiplied into B, because programs differ in where they look for alpha. Under torchrun
+    every rank calls it.
     """
     tensors = {}
     for name, layer in adapters(module).items():
         for part, scale in (("lora_A", 1.0), ("lora_B", layer.scale)):
-            tensor = whole(getattr(layer, part).weight)
+            tensor = full_tensor(getattr(layer, part).weight)
             tensors[f"diffusion_model.{name}.{part}.weight"] = (scale * tensor).cpu()
     if is_main():
         write_safetensors(path, tensors, {"format": "pt"})

@@ -1,7 +1,8 @@
-"""What is kept for backward, and where: checkpointed blocks, and their inputs in the CPU's memory.
+"""What is kept for backward, and where: activation checkpointing, and offloading to CPU memory.
 
-A 14B block at 720P x 81 frames keeps 11 to 20 GB for its backward, its input alone 0.8 GB in bf16. Checkpointing keeps the
-inputs and computes the rest again, a block at a time; offloading moves the inputs off the GPU as well.
+A 14B block at 720P x 81 frames keeps 11 to 20 GB for its backward; its input alone takes 0.8 GB in bf16.
+Activation checkpointing keeps only the inputs of the blocks and computes the rest again, one block at a time.
+Offloading also moves the inputs to CPU memory.
 """
 from contextlib import nullcontext
 
@@ -11,26 +12,34 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 
 def block_runner(args, device):
-    """What a model runs each block by, `model.run_block`: checkpointed, its input offloaded or rounded, as the flags ask."""
+    """The function with which a model runs each block (`model.run_block`), according to the flags."""
     offload = Offload(device) if "inputs" in args.offload else None
-    kernels = [getattr(torch.ops.aten, name).default for name in (
-        "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
-        "_scaled_dot_product_flash_attention_for_cpu")]
+    aten = torch.ops.aten
+    attention_kernels = [
+        aten._scaled_dot_product_cudnn_attention.default,
+        aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_efficient_attention.default,
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+    ]
 
-    def contexts():
-        return create_selective_checkpoint_contexts(
-            lambda ctx, op, *inputs, **options: CheckpointPolicy.MUST_SAVE if op in kernels else CheckpointPolicy.PREFER_RECOMPUTE)
+    def policy(ctx, op, *_, **__):
+        return CheckpointPolicy.MUST_SAVE if op in attention_kernels else CheckpointPolicy.PREFER_RECOMPUTE
+
+    options = {}
+    if args.save_attention:
+        options["context_fn"] = lambda: create_selective_checkpoint_contexts(policy)
 
     def run_block(block, x, *rest):
+        # The first block's input may differ in dtype and requires_grad from that of the others. Made alike,
+        # all blocks share one compiled graph.
         if not args.bf16_residual:
-            x = x.float()  # as all blocks but the first get it: one graph less for a compiler
+            x = x.float()
         learns = any(parameter.requires_grad for parameter in block.parameters())
         if args.compile and torch.is_grad_enabled() and learns and not x.requires_grad:
-            x = x.detach().requires_grad_()  # likewise: with adapters the first block's input takes no gradient
-        if args.checkpoint_blocks and torch.is_grad_enabled() and (learns or x.requires_grad):
+            x = x.detach().requires_grad_()
+        if args.activation_checkpointing and torch.is_grad_enabled() and (learns or x.requires_grad):
             with offload.of(x) if offload else nullcontext():
-                more = {"context_fn": contexts} if args.save_attention else {}
-                x = checkpoint(block, x, *rest, use_reentrant=False, **more)
+                x = checkpoint(block, x, *rest, use_reentrant=False, **options)
         else:
             x = block(x, *rest)
         return x.bfloat16() if args.bf16_residual else x
@@ -39,23 +48,41 @@ def block_runner(args, device):
 
 
 class Offload:
-    """Keeps the inputs of checkpointed blocks in pinned CPU memory. Copies run beside the computation, on a stream of their
-    own; in backward, a block's input is fetched while the block after it is computed."""
+    """Keeps the inputs of checkpointed blocks in pinned CPU memory.
+
+    Copies run during the computation, on their own CUDA stream. In backward, a block's input is fetched while
+    the block after it is computed.
+    """
 
     def __init__(self, device):
-        self.device, self.cuda = device, device.type == "cuda"
+        self.device = device
+        self.cuda = device.type == "cuda"
         self.stream = torch.cuda.Stream(device) if self.cuda else None
-        self.away, self.free = [], {}  # inputs in the CPU's memory, oldest first; buffers for reuse, by shape and dtype
+        self.away = []  # the inputs in CPU memory, oldest first
+        self.free = {}  # {(shape, dtype): buffers to use again}
 
     def of(self, x):
-        """`with offload.of(x):` autograd saves x in the CPU's memory; what else it saves, all blocks share, and it stays."""
-        pointer, shape = x.data_ptr(), x.shape  # not x itself: the hooks live as long as what is saved, and would keep it
-        return saved_tensors_hooks(lambda saved: self.put(saved) if saved.data_ptr() == pointer and saved.shape == shape else saved,
-                                   lambda saved: self.get(saved) if isinstance(saved, dict) else saved)
+        """`with offload.of(x):` autograd saves x in CPU memory.
+
+        The other tensors that it saves are shared by all blocks and stay on the device.
+        """
+        # The hooks live as long as the saved tensors, so they must not hold x itself.
+        pointer, shape = x.data_ptr(), x.shape
+
+        def pack(saved):
+            return self.put(saved) if saved.data_ptr() == pointer and saved.shape == shape else saved
+
+        def unpack(saved):
+            return self.get(saved) if isinstance(saved, dict) else saved
+
+        return saved_tensors_hooks(pack, unpack)
 
     def put(self, x):
-        """Begin to copy x away. The input before it is dropped now: its copy had a whole block's time. The computation waits
-        for that copy first, so that what it computes next may have the memory."""
+        """Begin to copy x to the CPU.
+
+        The input before it is now freed on the device: its copy had the time of a whole block. The
+        computation first waits for that copy, and can then use the memory.
+        """
         if self.away:
             self.wait(self.away[-1])
             self.away[-1]["x"] = None
@@ -65,7 +92,7 @@ class Offload:
         return self.away[-1]
 
     def get(self, item):
-        """The input of an item, on its device again; the one before it sets out."""
+        """The input of an item, on the device again. The input before it is fetched next."""
         self.fetch(item)
         self.wait(item)
         self.away = [other for other in self.away if other is not item]
@@ -80,7 +107,7 @@ class Offload:
             item["copied"] = self.copy(item["x"], item["buffer"])
 
     def copy(self, target, source):
-        """Begin to copy after what is being computed; returns the event of the end."""
+        """Begin to copy once the present computation is done; returns the event of the copy's end."""
         if not self.cuda:
             target.copy_(source)
             return None

@@ -1,10 +1,10 @@
 """The Wan diffusion transformer, every variant: Wan2.1 T2V, I2V, FLF2V and Wan2.2 T2V, I2V, TI2V.
 
-It takes noisy latents x_t, a timestep t in [0, 1000] and a text (and image) condition, and returns the velocity
-noise - clean. Parameter names are those of the official checkpoints, which load and save here directly.
+It takes noisy latents x_t, a timestep t in [0, 1000] and a text (and image) condition. It returns the
+velocity noise - clean. Parameters have the names of the official checkpoints, which load and save directly.
 
-What stays in float32 when the weights are bf16: the time embedding and its projection, every modulation, the norms,
-the rotary angles, the head and the residual stream. Only the large matrix products and the attention are bf16.
+With bf16 weights, the large matrix products and the attention are in bf16. All else stays in float32: the
+time embedding and its projection, modulations, norms, the rotary angles, the head and the residual stream.
 """
 import math
 from dataclasses import MISSING, dataclass, fields
@@ -49,19 +49,23 @@ class WanConfig:
     @classmethod
     def from_dict(cls, values, source="the configuration"):
         known = {field.name for field in fields(cls)}
-        missing = [field.name for field in fields(cls) if field.default is MISSING and field.name not in values]
+        required = [field.name for field in fields(cls) if field.default is MISSING]
+        missing = [name for name in required if name not in values]
         if missing:
-            raise InputError(f"{source} lacks {', '.join(missing)}; expected the config.json of an official Wan transformer")
+            raise InputError(f"{source} lacks {', '.join(missing)}; expected a Wan transformer's config.json")
         return cls(**{key: value for key, value in values.items() if key in known})
 
     def official(self):
         """The content of config.json. text_dim is written only where it is not the official one."""
-        names = ["model_type", "dim", "ffn_dim", "freq_dim", "in_dim", "num_heads", "num_layers", "out_dim", "text_len", "eps"]
-        values = {"_class_name": "WanModel", "_diffusers_version": "0.33.0", **{name: getattr(self, name) for name in names}}
-        return values if self.text_dim == 4096 else {**values, "text_dim": self.text_dim}
+        names = ["model_type", "dim", "ffn_dim", "freq_dim", "in_dim", "num_heads", "num_layers", "out_dim",
+                 "text_len", "eps"]
+        if self.text_dim != 4096:
+            names.append("text_dim")
+        values = {name: getattr(self, name) for name in names}
+        return {"_class_name": "WanModel", "_diffusers_version": "0.33.0", **values}
 
 
-# ---------------------------------------------------------------------------------------------- pieces
+# ------------------------------------------------------------------------------ pieces
 
 class Linear32(nn.Linear):
     """A linear layer that computes in float32 whatever its weights are stored in."""
@@ -102,12 +106,12 @@ def timestep_embedding(t, dim):
 def rotary_table(grid, head_dim, device):
     """(cos, sin), each (L, 1, head_dim / 2), of the angles of every token of a (frames, rows, columns) grid.
 
-    The head's channel pairs are shared out among frame, row and column; an axis with n channels has the frequencies
-    10000^(-2j / n). Angles in float64, kept in float32.
+    The head's channel pairs are shared out among frame, row and column; an axis with n channels has the
+    frequencies 10000^(-2j / n). The angles are computed in float64 and kept in float32.
     """
     channels = (head_dim - 4 * (head_dim // 6), 2 * (head_dim // 6), 2 * (head_dim // 6))
     angles = []
-    for axis, (length, n) in enumerate(zip(grid, channels)):
+    for axis, (length, n) in enumerate(zip(grid, channels, strict=True)):
         frequencies = 10000 ** -(torch.arange(0, n, 2, dtype=torch.float64) / n)
         shape = [1, 1, 1, n // 2]
         shape[axis] = length
@@ -119,10 +123,10 @@ def rotary_table(grid, head_dim, device):
 def rotate(x, cos, sin):
     """Turn each adjacent pair of channels of x (B, L, heads, head_dim) by its token's angle, in float32."""
     pairs = x.float().unflatten(-1, (-1, 2))                           # (B, L, heads, head_dim / 2, 2)
-    if torch.compiler.is_compiling():  # fuses this, but has no complex numbers, with which eager code is fastest
+    if torch.compiler.is_compiling():  # the compiler fuses this, but it has no complex numbers
         a, b = pairs.unbind(-1)
         turned = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
-    else:
+    else:  # fastest in eager mode
         turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))
     return turned.flatten(-2).to(x.dtype)
 
@@ -144,14 +148,15 @@ class SelfAttention(nn.Module):
         return rearrange(x, "b l (h d) -> b l h d", h=self.num_heads)
 
     def forward(self, x, rotary):
-        q, k, v = (self.heads(y) for y in (self.norm_q(self.q(x)), self.norm_k(self.k(x)), self.v(x)))  # (B, L, heads, head_dim)
-        q, k, v = sequence.to_heads(q, k, v, length=len(rotary[0]))    # with sequence parallelism: all tokens, a part of the heads
+        q, k, v = self.norm_q(self.q(x)), self.norm_k(self.k(x)), self.v(x)
+        q, k, v = self.heads(q), self.heads(k), self.heads(v)          # (B, L, heads, head_dim)
+        q, k, v = sequence.to_heads(q, k, v, length=len(rotary[0]))    # all tokens, if ranks share them
         out = attention(rotate(q, *rotary), rotate(k, *rotary), v)
         return self.o(sequence.to_tokens(out))                         # (B, L, D)
 
 
 class CrossAttention(SelfAttention):
-    """Attention to the text and, where the model has them, to image tokens with keys and values of their own."""
+    """Attention to the text and, if the model has them, to image tokens, which have their own k and v."""
 
     def __init__(self, dim, num_heads, eps, use_clip):
         super().__init__(dim, num_heads, eps)
@@ -161,30 +166,33 @@ class CrossAttention(SelfAttention):
 
     def forward(self, x, text, image):
         q = self.heads(self.norm_q(self.q(x)))
-        out = attention(q, self.heads(self.norm_k(self.k(text))), self.heads(self.v(text)))
+        k, v = self.heads(self.norm_k(self.k(text))), self.heads(self.v(text))
+        out = attention(q, k, v)                                       # (B, L, D)
         if image is not None:
-            out = out + attention(q, self.heads(self.norm_k_img(self.k_img(image))), self.heads(self.v_img(image)))
+            k, v = self.heads(self.norm_k_img(self.k_img(image))), self.heads(self.v_img(image))
+            out = out + attention(q, k, v)
         return self.o(out)                                             # (B, L, D)
 
 
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
-        dim, eps = config.dim, config.eps
+        dim, ffn_dim, eps = config.dim, config.ffn_dim, config.eps
         self.norm1 = LayerNorm32(dim, eps, elementwise_affine=False)
         self.self_attn = SelfAttention(dim, config.num_heads, eps)
         self.norm3 = LayerNorm32(dim, eps)
         self.cross_attn = CrossAttention(dim, config.num_heads, eps, config.use_clip)
         self.norm2 = LayerNorm32(dim, eps, elementwise_affine=False)
-        self.ffn = nn.Sequential(nn.Linear(dim, config.ffn_dim), nn.GELU("tanh"), nn.Linear(config.ffn_dim, dim))
+        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU("tanh"), nn.Linear(ffn_dim, dim))
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim ** 0.5)
 
-    def forward(self, x, six, text, image, rotary):
-        """x (B, L, D); six (B, 1 or L, 6, D) float32; text (B, 512, D); image (B, n, D) or None."""
+    def forward(self, x, modulation, text, image, rotary):
+        """x (B, L, D); modulation (B, 1 or L, 6, D) float32; text (B, 512, D); image (B, n, D) or None."""
         dtype = self.ffn[0].weight.dtype
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + six).unbind(2)  # (B, 1 or L, D)
+        modulation = self.modulation.float() + modulation
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(2)  # (B, 1 or L, D) each
         h = self.norm1(x) * (1 + scale1) + shift1                      # (B, L, D) float32
-        x = x + gate1 * self.self_attn(h.to(dtype), rotary)            # from here on the residual stream is float32
+        x = x + gate1 * self.self_attn(h.to(dtype), rotary)            # the residual stream becomes float32
         x = x + self.cross_attn(self.norm3(x).to(dtype), text, image)
         h = self.norm2(x) * (1 + scale2) + shift2
         return x + gate2 * self.ffn(h.to(dtype))                       # (B, L, D) float32
@@ -203,7 +211,7 @@ class Head(nn.Module):
 
 
 class ImageEmbedding(nn.Module):
-    """CLIP tokens (B, n, 1280) -> (B, n, D); first-last-frame models add positions to the two images' tokens."""
+    """CLIP tokens (B, n, 1280) -> (B, n, D). First-last-frame models add positions to two images' tokens."""
 
     def __init__(self, config):
         super().__init__()
@@ -214,12 +222,13 @@ class ImageEmbedding(nn.Module):
 
     def forward(self, tokens):
         if hasattr(self, "emb_pos"):
-            tokens = rearrange(tokens, "(b two) n d -> b (two n) d", two=2) if tokens.shape[1] == 257 else tokens
+            if tokens.shape[1] == 257:
+                tokens = rearrange(tokens, "(b two) n d -> b (two n) d", two=2)
             tokens = tokens + self.emb_pos                             # (B, 514, 1280)
         return self.proj(tokens.to(self.proj[1].weight.dtype))         # (B, n, D)
 
 
-# ---------------------------------------------------------------------------------------------- the model
+# ------------------------------------------------------------------------------ the model
 
 class WanModel(nn.Module):
     """One Wan transformer. `config` is a WanConfig or the dict of a config.json."""
@@ -227,50 +236,44 @@ class WanModel(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config = WanConfig.from_dict(config) if isinstance(config, dict) else config
-        dim = config.dim
+        dim, text_dim = config.dim, config.text_dim
         self.patch_embedding = nn.Conv3d(config.in_dim, dim, PATCH, stride=PATCH)
-        self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
+        self.text_embedding = nn.Sequential(nn.Linear(text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
         self.time_embedding = nn.Sequential(Linear32(config.freq_dim, dim), nn.SiLU(), Linear32(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), Linear32(dim, 6 * dim))
         if config.use_clip:
             self.img_emb = ImageEmbedding(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.head = Head(config)
-        self.run_block = lambda block, *inputs: block(*inputs)  # training puts memory.py's here: checkpointing, offload
+        self.run_block = lambda block, *inputs: block(*inputs)  # training puts memory.block_runner's here
 
     @classmethod
     def on_meta(cls, directory):
         """The model that an official directory describes, on the meta device: structure without weights."""
         config = WanConfig.from_dict(read_json(Path(directory) / "config.json"), f"{directory}/config.json")
-        # Wan2.1's and Wan2.2's I2V have one config.json; only the names in the checkpoint tell them apart.
+        # The I2V models of Wan2.1 and 2.2 have the same config.json; only the names of their tensors differ.
         config.use_clip = any(name.startswith("img_emb.") for name in weight_shapes(directory))
         with torch.device("meta"):
             return cls(config)
 
     @classmethod
     def from_pretrained(cls, directory, dtype=torch.float32, device="cpu"):
-        """Load an official model directory (config.json and safetensors, sharded or not); names and shapes must match.
-
-        Raises InputError naming the first tensors that differ.
-        """
+        """Load an official model directory, sharded or not. InputError names tensors that do not fit."""
         return load_weights(cls.on_meta(directory).to(dtype).to_empty(device=device), directory)
 
     def save_pretrained(self, directory, dtype=None):
-        """Write the official layout to `directory`, whole or not at all; adapters are merged into the weights.
-
-        Under torchrun every rank calls it.
-        """
+        """Write an official model directory, with adapters merged. Under torchrun, every rank calls it."""
         save_weights(directory, official_state(self), self.config.official(), dtype=dtype, merge=merges(self))
 
     def forward(self, x, t, context, clip_fea=None, y=None):
         """Velocity (B, C_out, F, H, W), float32.
 
-        x: noisy latents (B, C, F, H, W). t: timesteps in [0, 1000], (B,), or (B, L) for one a token (Wan2.2).
-        context: umT5 states, a list of B tensors (n_i, text_dim), or padded with zeros to (B, text_len, text_dim).
+        x: noisy latents (B, C, F, H, W). t: timesteps in [0, 1000], (B,), or one per token (B, L) (Wan2.2).
+        context: umT5 states, B tensors (n_i, text_dim) in a list or, zero-padded, (B, text_len, text_dim).
         clip_fea: CLIP tokens (B, 257, 1280); for first-last-frame models (2B, 257, 1280) or (B, 514, 1280).
         y: image condition (B, in_dim - C, F, H, W), joined to x on the channel axis.
         """
-        grid = [size // patch for size, patch in zip(x.shape[2:], PATCH)]
+        grid = [size // patch for size, patch in zip(x.shape[2:], PATCH, strict=True)]
         e, tokens = self._run(x, t, context, clip_fea, y, len(self.blocks))
         patches = sequence.gather(self.head(tokens, e), math.prod(grid))   # (B, L, 4 C_out)
         return rearrange(patches, "b (f h w) (p q r c) -> b c (f p) (h q) (w r)",
@@ -279,7 +282,7 @@ class WanModel(nn.Module):
     def features(self, x, t, context, clip_fea=None, y=None, num_blocks=8):
         """The residual stream (B, L, D) after `num_blocks` blocks; arguments as in `forward`.
 
-        Under sequence parallelism (sequence.py) it is that of this rank's tokens, padding included.
+        Under sequence parallelism (sequence.py) it holds this rank's tokens only, padding included.
         """
         return self._run(x, t, context, clip_fea, y, num_blocks)[1]
 
@@ -291,61 +294,39 @@ class WanModel(nn.Module):
             x = torch.cat([x, y.to(x.dtype)], dim=1)                   # (B, in_dim, F, H, W)
         x = self.patch_embedding(x.to(dtype))                          # (B, D, F, H/2, W/2)
         grid = tuple(x.shape[2:])
-        # (B, L, D), laid out as that: a layout left over from the convolution makes every layer slower. With sequence
-        # parallelism L counts this rank's tokens from here on.
+        # (B, L, D), contiguous: the convolution's layout would make every layer slower. With sequence
+        # parallelism, L counts this rank's tokens from here on.
         x = sequence.split(rearrange(x, "b d f h w -> b (f h w) d")).contiguous()
 
-        # One timestep a clip: everything below keeps a token axis of 1 and broadcasts.
+        # With one timestep per clip, everything below keeps a token axis of 1 and broadcasts.
         t = t[:, None] if t.ndim == 1 else sequence.split(t)
-        e = self.time_embedding(timestep_embedding(t, self.config.freq_dim))                  # (B, 1 or L, D)
-        six = self.time_projection(e).unflatten(-1, (6, -1))           # (B, 1 or L, 6, D)
+        e = self.time_embedding(timestep_embedding(t, self.config.freq_dim))  # (B, 1 or L, D)
+        modulation = self.time_projection(e).unflatten(-1, (6, -1))    # (B, 1 or L, 6, D)
 
-        text = self.text_embedding(self._pad(context).to(dtype))       # (B, 512, D): the padding is attended too
+        text = self.text_embedding(self._pad(context).to(dtype))       # (B, 512, D); padding is attended too
         image = self.img_emb(clip_fea) if self.config.use_clip else None  # (B, 257 or 514, D)
         rotary = rotary_table(grid, self.config.dim // self.config.num_heads, x.device)
         for block in self.blocks[:num_blocks]:
-            x = self.run_block(block, x, six, text, image, rotary)     # (B, L, D)
+            x = self.run_block(block, x, modulation, text, image, rotary)  # (B, L, D)
         return e, x
 
     def _pad(self, context):
         """Zero-pad each prompt's states to text_len rows: (B, text_len, text_dim)."""
-        return torch.stack([F.pad(states, (0, 0, 0, self.config.text_len - len(states))) for states in context])
+        rows = self.config.text_len
+        return torch.stack([F.pad(states, (0, 0, 0, rows - len(states))) for states in context])
 
     def _check(self, x, context, clip_fea, y):
+        config = self.config
         channels = x.shape[1] + (0 if y is None else y.shape[1])
-        if channels != self.config.in_dim:
-            raise InputError(f"this {self.config.model_type} model takes {self.config.in_dim} channels (latents and image "
-                             f"condition together), but got {channels}")
+        if channels != config.in_dim:
+            raise InputError(f"this {config.model_type} model takes {config.in_dim} channels "
+                             f"(latents and image condition together), but got {channels}")
         if x.shape[3] % 2 or x.shape[4] % 2:
-            raise InputError(f"latents of {x.shape[3]}x{x.shape[4]} cannot be cut into 2x2 patches; use video sides "
-                             f"that are multiples of 16")
-        if len(context) != len(x) or max(len(states) for states in context) > self.config.text_len:
-            raise InputError(f"{len(context)} prompts of at most {max(len(states) for states in context)} tokens do not "
-                             f"fit {len(x)} clips and text_len {self.config.text_len}")
-        if self.config.use_clip and clip_fea is None:
+            raise InputError(f"latents of {x.shape[3]}x{x.shape[4]} cannot be cut into 2x2 patches; "
+                             f"use video sides that are multiples of 16")
+        longest = max(len(states) for states in context)
+        if len(context) != len(x) or longest > config.text_len:
+            raise InputError(f"{len(context)} prompts of at most {longest} tokens do not fit {len(x)} clips "
+                             f"and text_len {config.text_len}")
+        if config.use_clip and clip_fea is None:
             raise InputError("this image-to-video model needs clip_fea, the CLIP tokens of the given image")
-
-
-class WanExperts(nn.Module):
-    """Wan2.2 A14B: one transformer for high noise, one for low; t >= boundary * 1000 goes to the first."""
-
-    BOUNDARY = {"t2v": 0.875, "i2v": 0.900}
-
-    def __init__(self, high_noise, low_noise):
-        super().__init__()
-        self.high_noise, self.low_noise = high_noise, low_noise
-        self.config, self.boundary = high_noise.config, self.BOUNDARY[high_noise.config.model_type]
-
-    @classmethod
-    def from_pretrained(cls, directory, dtype=torch.float32, device="cpu"):
-        """Load a directory that holds high_noise_model/ and low_noise_model/."""
-        return cls(*(WanModel.from_pretrained(Path(directory) / f"{noise}_noise_model", dtype, device)
-                     for noise in ("high", "low")))
-
-    def expert(self, t):
-        """The transformer for timestep t, a Python number."""
-        return self.high_noise if t >= self.boundary * 1000 else self.low_noise
-
-    def forward(self, x, t, context, clip_fea=None, y=None):
-        """As WanModel's; all clips of a batch are at one timestep t (B,)."""
-        return self.expert(t[0].item())(x, t, context, clip_fea, y)

@@ -27,50 +27,96 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.nn.attention import SDPBackend
 from tqdm import tqdm
 
-from files import InputError, is_main, read_json, remove, write_json, written_whole
-from parallel import EXECUTION, share
+import sequence
+from files import InputError, atomic_write, is_main, read_json, remove, write_json
+from parallel import compute_dtype, share
+
+# Flags that do not change what is computed: a run may be resumed with others of them.
+EXECUTION = ["sp", "dp_replicate", "compile", "activation_checkpointing", "save_attention", "offload",
+             "resume", "keep_checkpoints", "timeout", "stop_if_hacked"]
+SMALLEST = {"steps": 1, "batch_size": 1, "accumulation": 1, "num_queries": 1, "gradient_steps": 1,
+            "num_blocks": 1, "lora_rank": 0, "ema": 0, "warmup": 0, "shift": 1e-3, "rwr_temperature": 1e-6,
+            "samples": 0, "sample_every": 0, "save_every": 1, "eval_every": 1, "export_every": 0,
+            "keep_checkpoints": 1, "timeout": 1e-3}
 
 
-# ---------------------------------------------------------------------------------------------- checkpoints
+# ------------------------------------------------------------------------------ before a run
 
 def check_run(args):
-    """Refuse numbers that make no run, what would lose a run's checkpoints or resume it as another run, and batches that the
-    processes cannot share."""
-    for name, smallest in [("steps", 1), ("batch_size", 1), ("accumulation", 1), ("num_queries", 1), ("gradient_steps", 1),
-                           ("num_blocks", 1), ("lora_rank", 0), ("ema", 0), ("warmup", 0), ("shift", 1e-3), ("sft_ratio", 1e-3),
-                           ("rwr_temperature", 1e-6), ("samples", 0), ("sample_every", 0), ("save_every", 1), ("eval_every", 1),
-                           ("export_every", 0), ("keep", 1), ("timeout", 1e-3)]:
+    """Refuse impossible values, batches that the processes cannot share, and a run that would overwrite
+    another or resume it as something else."""
+    for name, smallest in SMALLEST.items():
         value = getattr(args, name, None)
-        if value is not None and (value < smallest or name == "ema" and value > 1):
-            raise InputError(f"--{name} {value} is not possible; give {'0 to 1' if name == 'ema' else f'{smallest} or more'}")
-    if (args.save_attention or "inputs" in args.offload) and not args.checkpoint_blocks:
-        flag = "save_attention" if args.save_attention else "offload inputs"
-        raise InputError(f"--{flag} is about checkpointed blocks; add --checkpoint_blocks, or leave it out")
+        if value is not None and value < smallest:
+            raise InputError(f"--{name} {value} is not possible; give {smallest} or more")
+    if args.ema > 1:
+        raise InputError(f"--ema {args.ema} is not possible; give 0 to 1")
+    if not args.activation_checkpointing:
+        needing = {"save_attention": args.save_attention, "offload inputs": "inputs" in args.offload}
+        for flag, given in needing.items():
+            if given:
+                raise InputError(f"--{flag} needs --activation_checkpointing; add it, or leave --{flag} out")
     if args.save_attention and args.compile:
-        raise InputError("--save_attention cannot look into compiled blocks; leave it or --compile out")
+        raise InputError("--save_attention cannot see into compiled blocks; leave it or --compile out")
     share(range(args.batch_size))
+
     found = checkpoints(args.output)
     if found and not args.resume:
-        raise InputError(f"{args.output} already holds a run; continue it with --resume, or choose another --output")
+        raise InputError(f"{args.output} already holds a run; continue it with --resume, "
+                         f"or choose another --output")
     if args.resume:
         if not found:
             raise InputError(f"{args.output} holds no complete checkpoint to resume; start without --resume")
-        before = read_json(Path(args.output, "run.json"))["arguments"]
-        free = ["output", *EXECUTION] + ["steps"] * (args.lr_schedule == "constant")  # what may change within a run
-        changed = [name for name, value in vars(args).items()
-                   if before.get(name) != value and name not in free and not name.endswith("_every")]
-        if changed:
-            raise InputError(f"--resume with another {' and '.join('--' + name for name in changed)} than "
-                             f"{args.output}/run.json has would be another run; use the same, or another --output")
+        check_same(args, Path(args.output, "run.json"))
     dist.barrier()  # all have looked before one writes
 
 
+def check_same(args, path):
+    """Refuse to resume a run with flags that make it another one. `path`: the run.json of that run."""
+    before = read_json(path)["arguments"]
+    unknown = sorted(set(vars(args)) ^ set(before))
+    if unknown:
+        flags = ", ".join(f"--{name}" for name in unknown)
+        raise InputError(f"{path} was written by another version of this script, with other flags ({flags}); "
+                         f"resume the run with that version, or start a new one in another --output")
+    free = ["output", *EXECUTION]
+    if args.lr_schedule == "constant":
+        free.append("steps")
+    changed = []
+    for name, value in vars(args).items():
+        if before[name] != value and name not in free and not name.endswith("_every"):
+            changed.append(f"--{name}")
+    if changed:
+        raise InputError(f"--resume with another {' and '.join(changed)} than {path} has would be another "
+                         f"run; use the same, or another --output")
+
+
+def describe(args, model, device):
+    """For the log: how the processes are used, and which attention kernel PyTorch takes."""
+    ranks = dist.get_world_size()
+    heads = model.config.num_heads // sequence.size()
+    shape = (1, 256, heads, model.config.dim // model.config.num_heads)
+    q = torch.empty(shape, dtype=compute_dtype(args, device), device=device).transpose(1, 2).requires_grad_()
+    kernel = SDPBackend(torch._fused_sdp_choice(q, q, q)).name.lower().replace("_", " ")
+    processes = "1 process"
+    if ranks > 1:
+        processes = (f"{ranks} processes (copies of the weights: {args.dp_replicate}, "
+                     f"processes per clip: {sequence.size()})")
+    return f"{processes} on {device.type}, {kernel}"
+
+
+# ------------------------------------------------------------------------------ checkpoints
+
 def checkpoints(output):
     """{step: directory} of the complete checkpoints of a run: their names appear last, by a rename."""
-    found = ((re.fullmatch(r"step_(\d+)", path.name), path) for path in Path(output, "checkpoints").glob("step_*"))
-    return {int(match[1]): path for match, path in found if match}
+    found = {}
+    for path in Path(output, "checkpoints").glob("step_*"):
+        if match := re.fullmatch(r"step_(\d+)", path.name):
+            found[int(match[1])] = path
+    return found
 
 
 def state_of(model, optimizer, ema):
@@ -81,16 +127,20 @@ def state_of(model, optimizer, ema):
 
 
 class Checkpoints:
-    """Saves a run while it goes on, and loads it again: trained weights, their average and the optimizer's state, each rank
-    its part; any number of ranks may read them. Nothing else has a state: learning rates, data order and random draws are
-    functions of the step.
+    """Saves a run while it goes on, and loads it again: trained weights, their average and the optimizer's
+    state.
 
-    A checkpoint is copied to the CPU's memory, written by a thread under another name, and appears whole by a rename.
+    Each rank writes its part, and any number of ranks may read them. Nothing else has a state: learning
+    rates, data order and random draws are functions of the step. A checkpoint is copied to CPU memory,
+    written by a thread under another name, and appears whole by a rename.
     """
 
     def __init__(self, args, model, optimizer, ema=None):
-        self.directory, self.keep, self.trained = Path(args.output, "checkpoints"), args.keep, (model, optimizer, ema)
-        self.thread, self.pending = ThreadPoolExecutor(1), None
+        self.directory = Path(args.output, "checkpoints")
+        self.keep = args.keep_checkpoints
+        self.trained = (model, optimizer, ema)
+        self.thread = ThreadPoolExecutor(1)
+        self.pending = None
         # A group of its own: the thread's messages must not meet the training's.
         self.group = dist.new_group(backend="gloo", timeout=timedelta(minutes=args.timeout))
         claim(args.output)
@@ -108,10 +158,12 @@ class Checkpoints:
             dcp.load(state, checkpoint_id=found[max(found)])
         except CheckpointException as error:
             reasons = "; ".join(sorted({str(reason) for reason, _ in error.failures.values()}))
-            raise InputError(f"the checkpoint {found[max(found)]} is damaged ({reasons}); remove it to go on from the one before") from None
+            raise InputError(f"the checkpoint {found[max(found)]} is damaged ({reasons}); "
+                             f"remove it to continue from the one before") from None
         model, optimizer, _ = self.trained
+        options = StateDictOptions(ignore_frozen_params=True, strict=False)
         set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"],
-                       options=StateDictOptions(ignore_frozen_params=True, strict=False))
+                       options=options)
         return max(found)
 
     def save(self, step):
@@ -128,11 +180,14 @@ class Checkpoints:
         except BaseException as error:
             if is_main():
                 shutil.rmtree(beside, ignore_errors=True)  # others may still be writing there
-            reasons = [reason for reason, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+            reasons = [error]
+            if isinstance(error, CheckpointException):
+                reasons = [reason for reason, _ in error.failures.values()]
             reasons = "; ".join(sorted({str(reason) for reason in reasons}))
             if "gloo" in reasons:
-                raise RuntimeError(reasons) from None  # not the disk: another process has ended, as parallel.run will say
-            raise OSError(f"the checkpoint {directory} could not be written ({reasons}); earlier ones are untouched") from None
+                raise RuntimeError(reasons) from None  # not the disk: another process has ended, says cli.run
+            raise OSError(f"the checkpoint {directory} could not be written ({reasons}); "
+                          f"earlier ones are untouched") from None
         if is_main():
             beside.rename(directory)
             found = checkpoints(self.directory.parent)
@@ -151,24 +206,37 @@ class Checkpoints:
             pending.result()
 
     def check_finite(self, norm, step, losses, seed):
-        """Stop all ranks alike where a step's gradient norm is not finite, before the optimizer could spread it.
+        """Stop all ranks alike where a step's gradient norm is not finite, before the optimizer could spread
+        it.
 
-        losses: a (loss, this rank's clips, k or None) for each micro-step. The sentence names the clips whose loss is not
-        finite and the command that shows the same step again: all draws are functions of the seed, and resuming is exact.
+        losses: (loss, this rank's clips, k or None) of each micro-step. The sentence names the clips whose
+        loss is not finite, and the command that repeats the step: draws are functions of the seed, and
+        resuming is exact.
         """
         if math.isfinite(norm):
             return
         self.finish()
+        places = []
+        for loss, clips, k in losses:
+            if not loss.isfinite():
+                places.append(f"clip {' '.join(clips)}" + (f" at k {k}" if k is not None else ""))
         found = [None] * dist.get_world_size()
-        dist.all_gather_object(found, [f"clip {' '.join(clips)}" + (f" at k {k}" if k is not None else "")
-                                       for loss, clips, k in losses if not loss.isfinite()])
-        where = "; ".join(sorted({place for places in found for place in places})) or "though no loss is: it overflows in backward"
-        newest, local = max(checkpoints(self.directory.parent), default=0), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        nodes = f"--nnodes={dist.get_world_size() // local} --rdzv_... " if dist.get_world_size() > local else ""
-        launcher = f"torchrun {nodes}--nproc_per_node={local}" if "RANK" in os.environ else "python"
-        resume = " --resume" if newest and "--resume" not in sys.argv else ""
-        raise InputError(f"step {step}: the gradient norm is {norm} ({where}; seed {seed}); look at these clips, or start another run "
-                         f"with a lower --lr; to see it again, from step {newest} on: {launcher} {shlex.join(sys.argv)}{resume}")
+        dist.all_gather_object(found, places)
+        found = sorted({place for places in found for place in places})
+        where = "; ".join(found) or "though no loss is: the backward pass overflows"
+        newest = max(checkpoints(self.directory.parent), default=0)
+        raise InputError(f"step {step}: the gradient norm is {norm} ({where}; seed {seed}); look at these "
+                         f"clips, or start another run with a lower --lr; to see it again from step "
+                         f"{newest} on: {command(newest)}")
+
+
+def command(newest):
+    """The command line that continues this run from its newest checkpoint."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    nodes = f"--nnodes={dist.get_world_size() // local} --rdzv_... " if dist.get_world_size() > local else ""
+    launcher = f"torchrun {nodes}--nproc_per_node={local}" if "RANK" in os.environ else "python"
+    resume = " --resume" if newest and "--resume" not in sys.argv else ""
+    return f"{launcher} {shlex.join(sys.argv)}{resume}"
 
 
 _lock = None  # the open file of this process's run
@@ -193,17 +261,21 @@ def claim(output):
             taken = [_lock.read()]
     dist.broadcast_object_list(taken)
     if taken[0]:
-        raise InputError(f"{output} is in use by another run ({taken[0]}); wait for it, or choose another --output")
+        raise InputError(f"{output} is in use by another run ({taken[0]}); wait for it, "
+                         f"or choose another --output")
 
 
-# ---------------------------------------------------------------------------------------------- how a run is stopped
+# ------------------------------------------------------------------------------ how a run is stopped
 
 _signals = []  # that have asked for a stop
 
 
 def stop_on_signals():
-    """From now on SIGTERM, and SIGUSR1 (Slurm's --signal), ask for a stop after the step; a second one, two seconds later or
-    more, ends the process as soon as Python runs: launchers may pass on one signal twice."""
+    """From now on SIGTERM, and SIGUSR1 (Slurm's --signal), ask for a stop after the step.
+
+    A second one ends the process as soon as Python runs, if it comes two seconds later or more: launchers may
+    pass on one signal twice.
+    """
     def ask(number, frame):
         if _signals and time.time() > _signals[0][1] + 2:
             os._exit(128 + number)
@@ -220,23 +292,30 @@ def stop_asked():
     return signal.Signals(number.item()).name if number else None
 
 
-# ---------------------------------------------------------------------------------------------- the log
+# ------------------------------------------------------------------------------ the log
 
 class Log:
-    """One aligned line a step on the screen, and the same as a line of JSON in log.jsonl, by the main process."""
+    """One aligned line per step on the screen, and the same as JSON in log.jsonl; the main process writes."""
 
     def __init__(self, args, first_step, device):
         output = Path(args.output)
-        self.steps, self.device, self.path, self.started = args.steps, device, output / "log.jsonl", time.time()
-        self.thread, self.writing = ThreadPoolExecutor(1), []
+        self.steps = args.steps
+        self.device = device
+        self.path = output / "log.jsonl"
+        self.started = time.time()
+        self.thread = ThreadPoolExecutor(1)
+        self.writing = []
         if not is_main():
             return
-        with written_whole(self.path) as beside:
+        with atomic_write(self.path) as beside:
             beside.write_text("".join(kept_lines(self.path, first_step)))
-        git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else None
-        write_json(output / "run.json", {"arguments": vars(args), "commit": commit, "torch": torch.__version__,
-                                         "processes": dist.get_world_size(), "device": str(device)})
+        commit = None
+        if shutil.which("git"):
+            git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
+            commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        run = {"arguments": vars(args), "commit": commit, "torch": torch.__version__,
+               "processes": dist.get_world_size(), "device": str(device)}
+        write_json(output / "run.json", run)
 
     def __call__(self, step, **values):
         """Write one line; values that are dicts go to the file alone."""
@@ -244,11 +323,15 @@ class Log:
         seconds, self.started = now - self.started, now
         if not is_main():
             return
-        values = {"step": step, **values, "seconds": round(seconds, 3), "gigabytes": round(peak_memory(self.device), 3)}
-        self.write(values)
-        self.say(f"{step:>{len(str(self.steps))}}/{self.steps}  " + "  ".join(
-            f"{name} {value:>9.4g}" if isinstance(value, float) else f"{name} {value!s:>3}"
-            for name, value in values.items() if name != "step" and not isinstance(value, dict)))
+        values = {**values, "seconds": round(seconds, 3), "gigabytes": round(peak_memory(self.device), 3)}
+        self.write({"step": step, **values})
+        cells = [f"{step:>{len(str(self.steps))}}/{self.steps}"]
+        for name, value in values.items():
+            if isinstance(value, float):
+                cells.append(f"{name} {value:>9.4g}")
+            elif not isinstance(value, dict):
+                cells.append(f"{name} {value!s:>3}")
+        self.say("  ".join(cells))
 
     def write(self, values):
         """A line of JSON in log.jsonl."""
@@ -263,7 +346,8 @@ class Log:
             sys.stdout.flush()
 
     def later(self, write, *inputs):
-        """Call write(*inputs) in a thread, while training goes on; an error is raised by the next call, or by `finish`."""
+        """Call write(*inputs) in a thread, while training goes on; an error is raised by the next call, or by
+        `finish`."""
         for done in [future for future in self.writing if future.done()]:
             self.writing.remove(done)
             done.result()
@@ -282,7 +366,8 @@ class Log:
 
 
 def kept_lines(path, first_step):
-    """The lines of a log that stay when a run goes on after `first_step` steps: what comes later will be done again."""
+    """The lines of a log that stay when a run goes on after `first_step` steps: what comes later will be done
+    again."""
     if not first_step or not path.exists():
         return
     for line in path.read_text().splitlines(keepends=True):

@@ -1,10 +1,9 @@
-"""PAVRM, the process-aware video reward model (arXiv 2511.21541): does a noisy latent, at any timestep, move well?
+"""PAVRM, the process-aware video reward model (arXiv 2511.21541, section 4.2), and the reward PRFL follows.
 
-    python reward.py --video a.mp4 b.mp4 --prompt "a red disc moves left slowly"       # scores, and their curve
-    python reward.py --data demo/val/index.jsonl                                       # encoded, labelled clips
+The first blocks of a Wan transformer turn a noisy latent x_t, its timestep t and the condition into tokens.
+One learned query attends to all tokens. A small MLP turns the result into a logit: does this clip move well?
 
-The first blocks of a Wan transformer turn x_t, t and the condition into tokens; one learned query attends to all
-tokens; a small MLP turns what it found into a logit. reward = sigmoid(logit). Nothing is decoded to pixels.
+    reward = sigmoid(logit(x_t, t, caption))        nothing is decoded to pixels
 """
 import math
 from pathlib import Path
@@ -15,114 +14,142 @@ from einops import rearrange
 from torch import nn
 
 import sequence
-from files import InputError, load_weights, read_json, save_weights, weight_shapes
+from files import InputError, load_weights, read_json, save_weights
 from lora import merges, official_state
 from model import WanConfig, WanModel
 
+REWARD_TIMESTEPS = [201, 400, 600, 800]  # a finished clip is judged at these; at 1000 nothing of it is left
 
-# Pools turn tokens (B, L, D) into (B, D). With sequence parallelism these are this rank's tokens, padding included, out of
-# `length` on all ranks, and each pool puts the ranks' results together: nobody ever holds all tokens.
+
+# ------------------------------------------------------------------------------ pools
+# A pool turns tokens (B, L, D) into (B, D). With sequence parallelism it sees this rank's tokens, padding
+# included, out of `length` on all ranks, and combines the ranks' results: no rank ever holds all tokens.
 
 class QueryAttention(nn.Module):
-    """Learned queries attend to the tokens, are added to what they get, and averaged."""
+    """Learned queries attend to the tokens, are added to the result, and averaged."""
 
     def __init__(self, dim, num_queries=1, num_heads=8):
         super().__init__()
         self.queries = nn.Parameter(nn.init.xavier_uniform_(torch.empty(num_queries, dim)))
-        self.multihead_attn = nn.MultiheadAttention(dim, num_heads, batch_first=True)  # names and start of its weights
+        # Never called: it names and initialises the weights as the published checkpoints do.
+        self.multihead_attn = nn.MultiheadAttention(dim, num_heads, batch_first=True)
 
     def attend(self, tokens, length=None):
-        """What the queries found (B, n, D), and their attention (B, heads, n, L), a row's sum being 1."""
+        """What n queries found (B, n, D), and their attention (B, heads, n, L), whose rows sum to 1."""
         mha = self.multihead_attn
-        present = sequence.present(length or tokens.shape[1], tokens.device)          # (L,)
-        (wq, wk, wv), (bq, _, bv) = mha.in_proj_weight.chunk(3), mha.in_proj_bias.chunk(3)
-        wk, wv = (rearrange(w, "(h d) c -> h d c", h=mha.num_heads) for w in (wk, wv))  # (heads, d, D)
+        wq, wk, wv = mha.in_proj_weight.chunk(3)
+        bq, _, bv = mha.in_proj_bias.chunk(3)
+        wk = rearrange(wk, "(h d) c -> h d c", h=mha.num_heads)                # (heads, d, D)
+        wv = rearrange(wv, "(h d) c -> h d c", h=mha.num_heads)
         q = rearrange(F.linear(self.queries, wq, bq), "n (h d) -> h n d", h=mha.num_heads)
-        # q (W_k x) = (q W_k) x and sum(a W_v x) = W_v sum(a x): with few queries no token needs a key or value of its own. The
-        # keys' bias moves all logits of a query alike, and cancels.
-        logits = F.linear(tokens, (q @ wk).flatten(0, 1)).transpose(1, 2) * mha.head_dim ** -0.5   # (B, heads n, L)
+
+        # q (W_k x) = (q W_k) x and sum(a W_v x) = W_v sum(a x): with few queries, no token needs its own key
+        # or value. The bias of the keys moves all logits of a query alike and cancels in the softmax.
+        logits = F.linear(tokens, (q @ wk).flatten(0, 1)).transpose(1, 2)      # (B, heads n, L)
+        logits = logits * mha.head_dim ** -0.5
+        present = sequence.present(length or tokens.shape[1], tokens.device)   # (L,)
         logits = logits.masked_fill(~present, -math.inf)
-        largest = sequence.max_over_ranks(logits.detach().amax(-1, keepdim=True))     # makes exp safe, and cancels too
+
+        # Softmax over the tokens of all ranks. Subtracting the largest logit keeps exp finite; it cancels
+        # too.
+        largest = sequence.max_over_ranks(logits.detach().amax(-1, keepdim=True))
         weights = (logits - largest).exp()
-        sums = sequence.sum_over_ranks(torch.cat([weights @ tokens, weights.sum(-1, keepdim=True)], -1))  # (B, heads n, D + 1)
-        found, weights = ((x / sums[..., -1:]).unflatten(1, (mha.num_heads, -1)) for x in (sums[..., :-1], weights))
+        sums = torch.cat([weights @ tokens, weights.sum(-1, keepdim=True)], -1)  # (B, heads n, D + 1)
+        sums = sequence.sum_over_ranks(sums)
+        total = sums[..., -1:]
+        found = (sums[..., :-1] / total).unflatten(1, (mha.num_heads, -1))     # (B, heads, n, D)
+        weights = (weights / total).unflatten(1, (mha.num_heads, -1))          # (B, heads, n, L)
         found = rearrange(found @ wv.transpose(-1, -2), "b h n d -> b n (h d)")
         return mha.out_proj(found + bv), weights
 
     def forward(self, tokens, length=None):
-        return (self.attend(tokens, length)[0] + self.queries).mean(1)               # (B, D)
+        return (self.attend(tokens, length)[0] + self.queries).mean(1)         # (B, D)
 
 
 class MeanPool(nn.Module):
     def forward(self, tokens, length=None):
         length = length or tokens.shape[1]
-        present = sequence.present(length, tokens.device)              # (L,)
-        return sequence.sum_over_ranks((tokens * present[:, None]).sum(1)) / length  # (B, D)
+        present = sequence.present(length, tokens.device)                      # (L,)
+        total = sequence.sum_over_ranks((tokens * present[:, None]).sum(1))
+        return total / length                                                  # (B, D)
 
 
 class MaxPool(nn.Module):
     def forward(self, tokens, length=None):
         present = sequence.present(length or tokens.shape[1], tokens.device)
         largest = tokens.masked_fill(~present[:, None], -math.inf).amax(1, keepdim=True)
-        return sequence.gather(largest, sequence.size()).amax(1)       # (B, D)
+        return sequence.gather(largest, sequence.size()).amax(1)               # (B, D)
 
+
+POOLS = {"query": QueryAttention, "mean": MeanPool, "max": MaxPool}
+
+
+# ------------------------------------------------------------------------------ the reward model
 
 class MLP(nn.Module):
     """D -> 1024 -> 512 -> 1 with ReLU."""
 
     def __init__(self, dim):
         super().__init__()
-        self.fc1, self.fc2, self.fc3 = nn.Linear(dim, 1024), nn.Linear(1024, 512), nn.Linear(512, 1)
+        self.fc1 = nn.Linear(dim, 1024)
+        self.fc2 = nn.Linear(1024, 512)
+        self.fc3 = nn.Linear(512, 1)
         for layer in (self.fc1, self.fc2, self.fc3):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
 
     def forward(self, x):
-        return self.fc3(F.relu(self.fc2(F.relu(self.fc1(x)))))         # (B, 1)
+        return self.fc3(F.relu(self.fc2(F.relu(self.fc1(x)))))                 # (B, 1)
 
 
 class PAVRM(nn.Module):
-    """The reward model. It takes `dit` over: its blocks past the first `num_blocks` and its head are dropped.
+    """The reward model. It takes over `dit` and drops its head and all blocks past the first `num_blocks`.
 
-    `tasks` names the labels that it is trained to predict, each with a head (pool and MLP) of its own over shared
-    tokens. `pool` is query, with `num_queries`, as published, mean or max.
+    `labels` names what it learns to predict; each label has its own head (pool and MLP) over shared tokens.
+    `pool` is query, with `num_queries`, as published, or mean or max.
     """
 
-    def __init__(self, dit: WanModel, num_blocks=8, tasks=("motion_quality",), pool="query", num_queries=1):
+    def __init__(self, dit: WanModel, num_blocks=8, labels=("motion_quality",), pool="query", num_queries=1):
         super().__init__()
         if not 0 < num_blocks <= dit.config.num_layers:
-            raise InputError(f"num_blocks is {num_blocks}, but the transformer has {dit.config.num_layers} blocks")
+            raise InputError(f"num_blocks is {num_blocks}; the transformer has {dit.config.num_layers}")
         dit.blocks = dit.blocks[:num_blocks]
         dit.head = None
-        self.dit, self.tasks, self.settings = dit, list(tasks), {"pool": pool, "num_queries": num_queries}
+        self.dit = dit
+        self.labels = list(labels)
+        self.settings = {"pool": pool, "num_queries": num_queries}
 
         def head():
-            pools = {"query": lambda: QueryAttention(dit.config.dim, num_queries), "mean": MeanPool, "max": MaxPool}
-            return nn.ModuleDict({"query_attention": pools[pool](), "mlp": MLP(dit.config.dim)})
+            pooling = QueryAttention(dit.config.dim, num_queries) if pool == "query" else POOLS[pool]()
+            return nn.ModuleDict({"query_attention": pooling, "mlp": MLP(dit.config.dim)})
 
-        self.query_attention, self.mlp = head().values()  # of the first label, named as in the published checkpoints
-        self.other_heads = nn.ModuleDict({task: head() for task in self.tasks[1:]})
+        # The first label's head has the names of the published checkpoints.
+        self.query_attention, self.mlp = head().values()
+        self.other_heads = nn.ModuleDict({label: head() for label in self.labels[1:]})
 
     @property
     def heads(self):
         """The modules of all heads: pool and MLP of the first label, of the second, ..."""
-        return [self.query_attention, self.mlp, *(module for head in self.other_heads.values() for module in head.values())]
+        others = [module for head in self.other_heads.values() for module in head.values()]
+        return [self.query_attention, self.mlp, *others]
 
-    def forward(self, x, t, context, clip_fea=None, y=None, tasks=None):
-        """Logit, float32, of good motion: (B,) of the first label, or with `tasks`, a list of labels, (B, len(tasks)).
+    def forward(self, x, t, context, clip_fea=None, y=None, labels=None):
+        """Logit of good motion, float32: (B,) of the first label, or (B, n) of a list of n labels.
 
-        Other arguments as in WanModel.forward. Section 3.2 of the paper.
+        The other arguments are those of WanModel.forward. Section 4.2 of the paper.
         """
-        tokens = self.dit.features(x, t, context, clip_fea, y, num_blocks=len(self.dit.blocks)).float()   # (B, L, D)
-        length = x[0, 0, :, ::2, ::2].numel()  # tokens in all
+        tokens = self.dit.features(x, t, context, clip_fea, y, num_blocks=len(self.dit.blocks))
+        tokens = tokens.float()                                                # (B, L, D)
+        length = x[0, 0, :, ::2, ::2].numel()                                  # tokens on all ranks
         pools, mlps = self.heads[::2], self.heads[1::2]
-        chosen = [self.tasks.index(task) for task in tasks or self.tasks[:1]]
-        logits = torch.cat([mlps[i](pools[i](tokens, length)) for i in chosen], dim=1)                            # (B, n)
-        return logits if tasks else logits.squeeze(1)
+        chosen = [self.labels.index(label) for label in labels or self.labels[:1]]
+        logits = [mlps[i](pools[i](tokens, length)) for i in chosen]           # (B, 1) each
+        return torch.cat(logits, dim=1) if labels else logits[0].squeeze(1)
 
     def save_pretrained(self, directory, dtype=None):
         """Write one directory with everything the reward needs. Under torchrun every rank calls it."""
-        own = {"num_blocks": len(self.dit.blocks), "tasks": self.tasks, "use_clip": self.dit.config.use_clip, **self.settings}
+        own = {"num_blocks": len(self.dit.blocks), "labels": self.labels, **self.settings,
+               "use_clip": self.dit.config.use_clip}
         config = {**self.dit.config.official(), "pavrm": own}
         save_weights(directory, official_state(self), config, name="pavrm", dtype=dtype, merge=merges(self))
 
@@ -131,54 +158,48 @@ class PAVRM(nn.Module):
         """The reward model that a directory describes, on the meta device: structure without weights."""
         path = Path(directory) / "config.json"
         if not path.is_file():
-            raise InputError(f"{directory} holds no reward model (it has no config.json); train one with train_pavrm.py")
+            raise InputError(f"{directory} holds no reward model (config.json is missing); "
+                             f"train one with train_pavrm.py")
         config = read_json(path)
-        if "pavrm" not in config:
-            raise InputError(f"{path} does not describe a reward model; give a directory written by train_pavrm.py")
-        own = dict(config["pavrm"])
+        own = dict(config.get("pavrm", {}))
+        expected = {"num_blocks", "labels", "use_clip", "pool", "num_queries"}
+        if set(own) != expected:
+            differing = ", ".join(sorted(set(own) ^ expected))
+            raise InputError(f"{path} does not describe a reward model of this version (pavrm: {differing}); "
+                             f"give a directory written by train_pavrm.py")
         with torch.device("meta"):
             dit = WanModel(WanConfig.from_dict({**config, "use_clip": own.pop("use_clip")}, path))
             return cls(dit, **own)
 
     @classmethod
     def from_pretrained(cls, directory, dtype=torch.float32, device="cpu"):
-        """Load what `save_pretrained` wrote. The heads compute in float32 whatever `dtype` the transformer has."""
+        """Load what `save_pretrained` wrote. The heads compute in float32, the transformer in `dtype`."""
         pavrm = cls.on_meta(directory)
         pavrm.dit.to(dtype)
         return load_weights(pavrm.to_empty(device=device), directory)
 
 
 def check_fit(pavrm, model, reward_directory, model_directory):
-    """Raise InputError unless the reward model judges what the model makes, under the model's own condition."""
+    """Raise InputError unless the reward model takes the latents that the model makes, and its condition."""
     for name in ("in_dim", "text_dim", "text_len", "use_clip"):
-        ours, theirs = getattr(model.config, name), getattr(pavrm.dit.config, name)
+        ours = getattr(model.config, name)
+        theirs = getattr(pavrm.dit.config, name)
         if ours != theirs:
-            raise InputError(f"the reward model {reward_directory} has {name} {theirs}, but {model_directory} has {ours}; "
-                             f"train it on a model of this kind with train_pavrm.py")
+            raise InputError(f"{reward_directory} has {name} {theirs}, and {model_directory} has {ours}; "
+                             f"train a reward model on this kind of model with train_pavrm.py")
 
 
-def from_published(transformer, query_attention, mlp):
-    """The PAVRM of a published transformer directory (whose config.json may count more blocks than it holds) and the two
-    files of its head."""
-    dit = WanModel.on_meta(transformer)
-    num_blocks = 1 + max(int(name.split(".")[1]) for name in weight_shapes(transformer) if name.startswith("blocks."))
-    pavrm = PAVRM(dit, num_blocks, num_queries=weight_shapes(query_attention).get("queries", [1])[0])
-    load_weights(dit.to_empty(device="cpu"), transformer, ignore=["head."])
-    load_weights(pavrm.query_attention, query_attention)
-    load_weights(pavrm.mlp, mlp)
-    return pavrm
-
-
-# ---------------------------------------------------------------------------------------------- losses
+# ------------------------------------------------------------------------------ losses
 
 def bce_loss(logit, label, reduction="mean"):
     """Binary cross-entropy of logits against labels in {0, 1}, of one shape, on the logit and in float32.
 
-    A label that is NaN is not annotated: its loss is 0 and does not count. The sigmoid is never formed: rounded to
-    bf16 it reaches 1 at a logit of 7, and the gradient ends there. `reduction` is mean or none.
+    A label that is NaN is not annotated: its loss is 0 and does not count. The sigmoid is never formed: in
+    bf16 it rounds to 1 at a logit of 7, where the gradient would end. `reduction` is mean or none.
     """
-    present = ~label.float().isnan()
-    losses = present * F.binary_cross_entropy_with_logits(logit.float(), label.float().nan_to_num(), reduction="none")
+    logit, label = logit.float(), label.float()
+    present = ~label.isnan()
+    losses = present * F.binary_cross_entropy_with_logits(logit, label.nan_to_num(), reduction="none")
     return losses if reduction == "none" else losses.sum() / present.sum()
 
 
@@ -191,15 +212,66 @@ def bradley_terry_loss(better, worse, reduction="mean"):
 def reward_loss(logit, weight=0.1, form="hinge"):
     """What PRFL minimises (mean), for logits (B,) and reward = sigmoid(logit).
 
-    hinge, as published: weight * relu(2 - reward). log_sigmoid: -weight * log(reward), whose gradient does not fade
-    where the reward is low. logit: -weight * logit, which never saturates.
+    hinge        weight * relu(2 - reward), as in the published code
+    log_sigmoid  -weight * log(reward): its gradient does not fade where the reward is low
+    logit        -weight * logit: it never saturates
     """
     logit = logit.float()
-    loss = {"hinge": lambda: F.relu(2 - logit.sigmoid()), "log_sigmoid": lambda: -F.logsigmoid(logit), "logit": lambda: -logit}
-    return weight * loss[form]().mean()
+    if form == "hinge":
+        return weight * F.relu(2 - logit.sigmoid()).mean()
+    if form == "log_sigmoid":
+        return weight * (-F.logsigmoid(logit)).mean()
+    return weight * (-logit).mean()
 
 
-if __name__ == "__main__":
-    import parallel
-    import score  # which imports this file; the command is kept out of what is read to follow a step of PRFL
-    parallel.run(score.main)
+# ------------------------------------------------------------------------------ what PRFL follows
+
+class ProcessReward:
+    """The reward of PRFL: a PAVRM's labels, each squashed by a sigmoid, weighted and added.
+
+    Any class with these methods and attributes can take its place (docs/extend.md shows two):
+
+        scores(x, t, batch) -> (B, n)   numbers for latents x (B, C, F, H, W) at timestep t (B,), with
+        gradient value(scores) -> (B,)           the reward itself, squashed as this reward wants it; it is
+        logged loss(scores) -> scalar          what training minimises
+        largest                         the largest possible value: samples near it are called saturated
+        timesteps                       noise levels at which a finished clip is judged; [0] is the clean clip
+
+    `batch` has the texts and the condition of the clips (train_prfl.Batch).
+    """
+    timesteps = REWARD_TIMESTEPS
+
+    def __init__(self, pavrm, weights, loss_weight=0.1, form="hinge"):
+        self.pavrm = pavrm
+        self.weights = weights  # {label: weight}
+        self.loss_weight = loss_weight
+        self.form = form
+        self.largest = sum(weights.values())
+
+    def scores(self, x, t, batch):
+        """Logits (B, labels)."""
+        return self.pavrm(x, t, batch.texts, **batch.condition, labels=list(self.weights))
+
+    def value(self, scores):
+        return scores.sigmoid() @ torch.tensor(list(self.weights.values()), device=scores.device)
+
+    def loss(self, scores):
+        total = 0
+        for i, weight in enumerate(self.weights.values()):
+            total = total + weight * reward_loss(scores[:, i], self.loss_weight, self.form)
+        return total
+
+
+def parse_labels(words, pavrm):
+    """["motion_quality=0.7", "text_alignment=0.3"] -> {label: weight}. [] means the first label, weight 1."""
+    weights = {}
+    for word in words or pavrm.labels[:1]:
+        name, _, weight = word.partition("=")
+        if name not in pavrm.labels:
+            raise InputError(f"--labels {name}: this reward model predicts {', '.join(pavrm.labels)}; "
+                             f"choose from them")
+        try:
+            weights[name] = float(weight or 1)
+        except ValueError:
+            raise InputError(f"--labels {word} needs a number as its weight; write {name}=0.5, say") from None
+    return weights

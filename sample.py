@@ -1,258 +1,394 @@
 """Make videos: text to video, image to video, first and last frame to video.
 
-    python sample.py                                                               # the tiny world
-    python sample.py --model Wan2.1-T2V-1.3B --prompt "A cat plays the piano." --size 832x480 --output cat.mp4
+    python sample.py                                                          # the tiny world
+    python sample.py --model Wan2.1-T2V-1.3B --prompt "A cat plays the piano." --save_file cat.mp4
     python sample.py --model Wan2.1-I2V-14B-480P --prompt "The bear stands up." --image bear.jpg
-    python sample.py --model Wan2.1-T2V-14B --transformer outputs/prfl/model ...   # what training has made of it
-    python sample.py --best_of 8 --drop_at 12 --keep 3                             # of eight seeds the one that PAVRM likes best
-    python sample.py --prompts prompts.txt --folder clips --count 4                # clips to label with label.py
+    python sample.py --model Wan2.1-T2V-14B --transformer outputs/prfl/model  # a trained transformer
+    python sample.py --best_of 8 --drop_at 12 --keep 3                        # the seed that PAVRM likes best
+    python sample.py --prompts prompts.txt --output clips --count 4           # clips to label with label.py
 
-Noise is drawn, the solver follows the guided velocity from it to a clip's latents, the VAE decodes them. A reward model
-can choose between seeds before anything is decoded: it judges finished latents, and unfinished ones after --drop_at steps,
-so that only the promising seeds are finished.
-Numbers that are not given on the command line are those of `sampling.json` in the model directory, where it has one,
-else the published ones of the model.
+The solver follows the guided velocity from noise to the latents of a clip, and the VAE decodes them. A reward
+model can choose between seeds before anything is decoded. It judges finished latents. After --drop_at steps
+it judges unfinished ones too, and only the promising seeds are finished.
+
+Settings that are not given come from `sampling.json` in the model directory. If it has none, they are the
+published settings of the model.
 """
-import argparse
 import math
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+import cli
 import parallel
-from data import Encoder, condition_input, parse_size, read_image, read_list, to_uint8, write_video
+from annotations import read_list
+from clips import condition_input
+from encode import Encoder
+from evaluation import process_logits
 from files import InputError, read_json, write_json
 from model import WanModel
-from reward import PAVRM, check_fit
-from score import REWARD_TIMESTEPS, parse_tasks, process_logits
+from reward import PAVRM, REWARD_TIMESTEPS, check_fit, parse_labels
 from solver import SOLVERS, guided, timestep, walk
+from video import read_image, to_uint8, write_video
 
-PUBLISHED = {"t2v": dict(steps=50, shift=5.0, guidance=5.0, size=[832, 480], frames=81, fps=16),
-             "i2v": dict(steps=40, shift=5.0, guidance=5.0, size=[832, 480], frames=81, fps=16),
-             "flf2v": dict(steps=50, shift=16.0, guidance=5.0, size=[1280, 720], frames=81, fps=16)}
+PUBLISHED = {"t2v": dict(solver_steps=50, shift=5.0, guidance=5.0, size=[832, 480], frames=81, fps=16),
+             "i2v": dict(solver_steps=40, shift=5.0, guidance=5.0, size=[832, 480], frames=81, fps=16),
+             "flf2v": dict(solver_steps=50, shift=16.0, guidance=5.0, size=[1280, 720], frames=81, fps=16)}
 
+
+# ------------------------------------------------------------------------------ what is asked for
 
 def parse_args(argv=None):
     own = "(default: the model's own)"
-    parser = argparse.ArgumentParser(description="Text, or text and images, to video.")
-    parser.add_argument("--model", default="demo/model", help="official model directory (default: %(default)s)")
-    parser.add_argument("--transformer", help="directory of another transformer to use with it, such as a trained one")
-    prompts, place = parser.add_mutually_exclusive_group(), parser.add_mutually_exclusive_group()
-    prompts.add_argument("--prompt", nargs="+", help="one prompt a video; the tiny world has one by default")
-    prompts.add_argument("--prompts", metavar="FILE", help="or: a text file with one prompt a line")
-    parser.add_argument("--negative_prompt", help="what to keep away from (default: Wan's usual one)")
-    parser.add_argument("--image", help="first frame, for image to video; decides the aspect ratio")
-    parser.add_argument("--last_image", help="last frame, for models of first and last frame")
-    parser.add_argument("--solver", default="unipc", choices=SOLVERS, help="(default: %(default)s)")
-    parser.add_argument("--steps", type=int, help=f"solver steps {own}")
-    parser.add_argument("--shift", type=float, help=f"shift of the noise levels; I2V at 480P: 3; T2V-1.3B: 8 to 12 {own}")
-    parser.add_argument("--guidance", type=float, help=f"classifier-free guidance; 1 is none; T2V-1.3B: 6 {own}")
-    parser.add_argument("--size", type=parse_size, help=f"width x height; with --image only their product counts {own}")
-    parser.add_argument("--frames", type=int, help=f"1 + 4n frames {own}")
-    parser.add_argument("--fps", type=float, help=f"frames a second of the file {own}")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise; the next prompt has the next seed or seeds (default: 0)")
-    parser.add_argument("--best_of", type=int, metavar="N", help="sample N seeds a prompt, write the one with the best reward")
-    parser.add_argument("--reward", default="demo/reward", help="the reward model for --best_of (default: %(default)s)")
-    parser.add_argument("--task", nargs="+", help="its label, or a weighted sum: motion_quality=1 blur_quality=0.5 (default: first)")
-    parser.add_argument("--drop_at", type=int, metavar="STEP", help="after so many solver steps go on with the best seeds only")
-    parser.add_argument("--keep", type=int, metavar="M", help="how many those are (default: half of N, rounded up)")
-    place.add_argument("--output", default="outputs/sample.mp4", help="file to write; several are numbered (default: %(default)s)")
-    place.add_argument("--folder", help="or: directory for PROMPT_NUMBER-SEED.mp4 and their clips.json; what is there is kept")
-    parser.add_argument("--count", type=int, metavar="N", help="with --folder: N videos a prompt (default: 1)")
+    parser = cli.Parser("Make videos from text, or from text and images.")
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", default="demo/model", help="official model directory")
+    group.add_argument("--transformer", metavar="DIR",
+                       help="directory of another transformer of the same kind, such as a trained one "
+                            "(default: the transformer in --model)")
+
+    group = parser.add_argument_group("prompts and images")
+    prompts = group.add_mutually_exclusive_group()
+    prompts.add_argument("--prompt", nargs="+",
+                         help="prompts, one video each (default: the model's own, which the tiny world has)")
+    prompts.add_argument("--prompts", metavar="FILE",
+                         help="text file with one prompt per line, in place of --prompt")
+    group.add_argument("--negative_prompt", help="what the video should not show (default: Wan's usual one)")
+    group.add_argument("--image", help="first frame, for image to video; it decides the aspect ratio")
+    group.add_argument("--last_image", help="last frame, for models of first and last frame")
+
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--solver", default="unipc", choices=SOLVERS, help="method that follows the velocity")
+    group.add_argument("--solver_steps", type=int, help=f"steps of the solver from noise to a clip {own}")
+    group.add_argument("--shift", type=float,
+                       help="how far noise levels are shifted towards noise; I2V at 480P: 3; "
+                            f"T2V-1.3B: 8 to 12 {own}")
+    group.add_argument("--guidance", type=float,
+                       help=f"scale of classifier-free guidance; 1 is none; T2V-1.3B: 6 {own}")
+    group.add_argument("--size", type=cli.parse_size,
+                       help=f"width x height of the video; with --image only their product counts {own}")
+    group.add_argument("--frames", type=int, help=f"frames of the video, 1 + 4n {own}")
+    group.add_argument("--fps", type=float, help=f"frames per second of the video {own}")
+    group.add_argument("--seed", type=int, default=0,
+                       help="seed of the noise; each further video has the next seed")
+
+    group = parser.add_argument_group("choice between seeds")
+    group.add_argument("--best_of", type=int, metavar="N",
+                       help="sample N seeds per prompt and write the one with the best reward (default: one "
+                            "seed, without a reward model)")
+    group.add_argument("--reward", default="demo/reward", help="directory of the reward model that chooses")
+    group.add_argument("--labels", nargs="+",
+                       help="the label that makes the reward, or a weighted sum, such as motion_quality=0.7 "
+                            "text_alignment=0.3 (default: the first label of the reward model)")
+    group.add_argument("--drop_at", type=int, metavar="STEP",
+                       help="solver steps after which only the best seeds go on (default: all are finished)")
+    group.add_argument("--keep", type=int, metavar="M",
+                       help="number of seeds that go on after --drop_at (default: half of N, rounded up)")
+
+    group = parser.add_argument_group("results")
+    place = group.add_mutually_exclusive_group()
+    place.add_argument("--save_file", metavar="FILE", default="outputs/sample.mp4",
+                       help="file to write; with several prompts the files are numbered")
+    place.add_argument("--output", metavar="DIR",
+                       help="directory for many videos, in place of --save_file: PROMPT_NUMBER-SEED.mp4 and "
+                            "their list, clips.json; existing videos are kept")
+    group.add_argument("--count", type=int, metavar="N", help="videos per prompt, with --output (default: 1)")
     return parser.parse_args(argv)
 
 
-def fill_in(args):
-    """Fill in the numbers that were not given; returns the model type."""
+def model_type_of(args):
+    """The type of the model: t2v, i2v or flf2v. Raises InputError if this script cannot sample with it."""
     if Path(args.model, "low_noise_model").is_dir():
-        raise InputError(f"{args.model} is Wan2.2 A14B, whose two transformers this script does not sample with yet; "
+        raise InputError(f"{args.model} is Wan2.2 A14B, whose two transformers this script cannot use yet; "
                          f"use a Wan2.1 model")
     model_type = read_json(Path(args.model, "config.json")).get("model_type")
     if model_type == "ti2v":
-        raise InputError(f"{args.model} is Wan2.2 TI2V, whose VAE this project does not have yet; use a t2v or i2v model")
+        raise InputError(f"{args.model} is Wan2.2 TI2V, whose VAE this project does not have yet; "
+                         f"use a t2v or i2v model")
     if model_type not in PUBLISHED:
-        raise InputError(f"{args.model}/config.json describes no Wan model (model_type {model_type!r}); give an official directory")
+        raise InputError(f"{args.model}/config.json does not describe a Wan model (model_type {model_type!r})"
+                         f"; give an official directory")
     if args.transformer:
         kind = read_json(Path(args.transformer, "config.json")).get("model_type")
         if kind != model_type:
-            raise InputError(f"--transformer {args.transformer} is a {kind} model, but {args.model} is a {model_type} one; "
-                             f"give two of one kind")
-    if not args.folder and Path(args.output).is_dir():  # which would be replaced, with all that it holds
-        raise InputError(f"--output {args.output} is a directory; give a file name, such as {args.output}/sample.mp4")
-    own = Path(args.model, "sampling.json")
-    for name, value in {**PUBLISHED[model_type], **(read_json(own) if own.is_file() else {})}.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    if args.prompts:
-        try:
-            lines = Path(args.prompts).read_text(encoding="utf-8-sig").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"--prompts {args.prompts} cannot be read ({error}); give a UTF-8 text file") from None
-        args.prompt = [line.strip() for line in lines if line.strip()]
-    if not args.prompt or not all(prompt.strip() for prompt in args.prompt):
-        raise InputError("the prompt is empty; give one with --prompt, or one a line of --prompts")
-    for name in ("steps", "fps", "best_of", "count"):
-        if getattr(args, name) is not None and getattr(args, name) <= 0:
-            raise InputError(f"--{name} {getattr(args, name)} makes no video; give a number above 0")
-    if args.frames < 1 or args.frames % 4 != 1:
-        raise InputError(f"--frames {args.frames} does not fit the VAE; give 1 + 4n, such as 81")
-    for name, needed in [("image", model_type != "t2v"), ("last_image", model_type == "flf2v")]:
-        if needed != bool(getattr(args, name)):
-            raise InputError(f"the {model_type} model {args.model} {'needs' if needed else 'takes no'} --{name}")
-    for name, needed in [("count", "folder"), ("task", "best_of"), ("drop_at", "best_of"), ("keep", "drop_at")]:
-        if getattr(args, name) is not None and getattr(args, needed) is None:
-            raise InputError(f"--{name} does nothing without --{needed}; give both, or leave it out")
-    if args.folder and args.best_of:
-        raise InputError("--folder keeps every seed's video and --best_of only one; give one of the two")
-    if args.drop_at is not None and not 0 < args.drop_at < args.steps:
-        raise InputError(f"--drop_at {args.drop_at} does not lie within the {args.steps} solver steps; give 1 to {args.steps - 1}")
-    if args.drop_at and args.keep is None:
-        args.keep = (args.best_of + 1) // 2
-    if args.drop_at and not 1 <= args.keep <= args.best_of:
-        raise InputError(f"--keep {args.keep} of {args.best_of} seeds is impossible; give 1 to {args.best_of}")
+            raise InputError(f"--transformer {args.transformer} is a {kind} model, but {args.model} is a "
+                             f"{model_type} model; give two of one kind")
     return model_type
 
 
-def jobs(args):
-    """What is to be sampled: (prompt number, seeds, path, entry) of each video. Of several seeds the best is kept.
-
-    In a folder one seed makes one video, which has an entry in clips.json; what is there already is passed over.
-    Raises InputError where it was made with other settings.
-    """
-    todo, n, output, there = [], args.best_of or args.count or 1, Path(args.output), {}
-    if args.folder:
-        names = "model transformer negative_prompt image last_image solver steps shift guidance size frames fps".split()
-        settings = {name: list(args.size) if name == "size" else getattr(args, name) for name in names}
-        entries, ids = listed(args.folder)
-        there = dict(zip(ids, entries))
-    for number, prompt in enumerate(args.prompt):
-        seeds = range(args.seed + number * n, args.seed + (number + 1) * n)
-        if not args.folder:
-            todo.append((number, seeds, output.with_stem(f"{output.stem}-{number}") if len(args.prompt) > 1 else output, None))
-            continue
-        for seed in seeds:
-            path, made_with = Path(args.folder, f"{number}-{seed}.mp4"), {"prompt": prompt, **settings}
-            other = there.get(path.stem, {}).get("made_with") or made_with
-            if other != made_with:
-                differing = " and ".join(name for name in made_with if made_with[name] != other.get(name))
-                raise InputError(f"{path} was made with other {differing}; choose another --folder or --seed")
-            if path.stem not in there or not path.is_file():
-                todo.append((number, [seed], path, {
-                    "source_id": path.stem, "video_path": path.name, "short_caption": prompt, "long_caption": prompt,
-                    "pair_id": str(number), "made_with": made_with}))
-    return todo
+def fill_in(args, model_type):
+    """Fill in the settings that were not given: from the model's sampling.json, else the published ones."""
+    if args.prompts:
+        args.prompt = read_prompts(args.prompts)
+    settings = dict(PUBLISHED[model_type])
+    own = Path(args.model, "sampling.json")
+    if own.is_file():
+        settings.update(read_json(own))
+    allowed = [*PUBLISHED[model_type], "prompt", "negative_prompt"]
+    for name in settings:
+        if name not in allowed:
+            raise InputError(f"{own} has {name}, which is not a setting; it may have {', '.join(allowed)}")
+    for name, value in settings.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.drop_at and args.best_of and args.keep is None:
+        args.keep = (args.best_of + 1) // 2
 
 
-def listed(folder):
-    """A folder's clips.json as it stands, and the source_id of each of its entries."""
-    path = Path(folder, "clips.json")
-    return (read_json(path), [entry["source_id"] for entry in read_list(path)]) if path.is_file() else ([], [])
-
-
-def check_writable(directory):
-    """Make the directory, and see that a file can be made in it: that should not fail after an hour of sampling."""
+def read_prompts(path):
+    """The lines of a text file that are not blank."""
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        TemporaryFile(dir=directory).close()
-    except OSError as error:
-        raise InputError(f"{directory} cannot be written to ({error.strerror}); choose another place for the videos") from None
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--prompts {path} cannot be read ({error}); give a UTF-8 text file") from None
+    return [line.strip() for line in lines if line.strip()]
+
+
+def check(args, model_type):
+    """Raise InputError for settings that are impossible, or that do not belong together."""
+    if not args.output and Path(args.save_file).is_dir():
+        raise InputError(f"--save_file {args.save_file} is a directory; "
+                         f"give a file name, such as {args.save_file}/sample.mp4")
+    if not args.prompt or not all(prompt.strip() for prompt in args.prompt):
+        raise InputError("the prompt is empty; give one with --prompt, or one per line of --prompts")
+    for name in ("solver_steps", "fps", "best_of", "count"):
+        value = getattr(args, name)
+        if value is not None and value <= 0:
+            raise InputError(f"--{name} {value} makes no video; give a number above 0")
+    if args.frames < 1 or args.frames % 4 != 1:
+        raise InputError(f"--frames {args.frames} does not fit the VAE; give 1 + 4n, such as 81")
+
+    for name, needed in [("image", model_type != "t2v"), ("last_image", model_type == "flf2v")]:
+        given = bool(getattr(args, name))
+        if needed and not given:
+            raise InputError(f"the {model_type} model {args.model} needs --{name}")
+        if given and not needed:
+            raise InputError(f"the {model_type} model {args.model} does not take --{name}")
+    needs = {"count": "output", "labels": "best_of", "drop_at": "best_of", "keep": "drop_at"}
+    for name, needed in needs.items():
+        if getattr(args, name) is not None and getattr(args, needed) is None:
+            raise InputError(f"--{name} does nothing without --{needed}; give both, or leave it out")
+    if args.output and args.best_of:
+        raise InputError("--output keeps the video of every seed and --best_of only one; give one of the two")
+
+    if args.drop_at is not None and not 0 < args.drop_at < args.solver_steps:
+        raise InputError(f"--drop_at {args.drop_at} is not within the {args.solver_steps} solver steps; "
+                         f"give 1 to {args.solver_steps - 1}")
+    if args.drop_at and not 1 <= args.keep <= args.best_of:
+        raise InputError(f"--keep {args.keep} of {args.best_of} seeds is impossible; "
+                         f"give 1 to {args.best_of}")
 
 
 def size_for(image, width, height):
     """(width, height) of the image's aspect ratio and about the area width x height, in multiples of 16."""
     rows, columns = image.shape[1:]
-    area = width * height  # in whole numbers: a rounded root of 480 squared may fall short of it, and then loses 16
+    area = width * height  # in integers: a rounded root of 480 squared may fall short of 480 and lose 16
     return math.isqrt(area * columns // rows) // 16 * 16, math.isqrt(area * rows // columns) // 16 * 16
 
 
-def best(latents, reward, count, when):
-    """Of the latents {seed: x} the `count` with the largest reward(seed, x); all rewards are printed."""
-    rewards = {seed: reward(seed, x) for seed, x in latents.items()}
+# ------------------------------------------------------------------------------ what is written
+
+class Job(NamedTuple):
+    """One video to make."""
+    number: int    # of its prompt
+    seeds: range   # of several, the one with the best reward is written
+    path: Path
+    entry: dict    # what clips.json says about it; None for --save_file
+
+
+def jobs_of(args):
+    """The videos that are to be made. In a directory, existing ones are left out.
+
+    Raises InputError if the directory has one of them that was made with other settings.
+    """
+    if args.output:
+        return jobs_in(args)
+    n = args.best_of or 1
+    path = Path(args.save_file)
+    jobs = []
+    for number in range(len(args.prompt)):
+        first = args.seed + number * n
+        name = f"{path.stem}-{number}" if len(args.prompt) > 1 else path.stem
+        jobs.append(Job(number, range(first, first + n), path.with_stem(name), None))
+    return jobs
+
+
+def jobs_in(args):
+    """`jobs_of` a directory: one video per prompt and seed, each with an entry in clips.json."""
+    names = ("model", "transformer", "negative_prompt", "image", "last_image", "solver", "solver_steps",
+             "shift", "guidance", "size", "frames", "fps")
+    settings = {name: getattr(args, name) for name in names}
+    settings["size"] = list(args.size)  # as JSON returns it
+    entries, ids = listed(args.output)
+    existing = dict(zip(ids, entries, strict=True))
+    n = args.count or 1
+    jobs = []
+    for i in range(len(args.prompt) * n):
+        number = i // n
+        seed = args.seed + i
+        prompt = args.prompt[number]
+        path = Path(args.output, f"{number}-{seed}.mp4")
+        made_with = {"prompt": prompt, **settings}
+        if path.stem in existing:
+            before = existing[path.stem].get("made_with") or made_with
+            if before != made_with:
+                differing = [name for name in made_with if made_with[name] != before.get(name)]
+                raise InputError(f"{path} was made with other {' and '.join(differing)}; "
+                                 f"choose another --output or --seed")
+            if path.is_file():
+                continue
+        entry = {"source_id": path.stem, "video_path": path.name, "short_caption": prompt,
+                 "long_caption": prompt, "pair_id": str(number), "made_with": made_with}
+        jobs.append(Job(number, range(seed, seed + 1), path, entry))
+    return jobs
+
+
+def listed(directory):
+    """(entries, their source_ids) of the directory's clips.json as it is now; both are empty without one."""
+    path = Path(directory, "clips.json")
+    if not path.is_file():
+        return [], []
+    return read_json(path), [entry["source_id"] for entry in read_list(path)]
+
+
+def check_writable(directory):
+    """Make the directory and try to write to it: this should not fail after an hour of sampling."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=directory).close()
+    except OSError as error:
+        raise InputError(f"{directory} cannot be written to ({error.strerror}); "
+                         f"choose another place for the videos") from None
+
+
+# ------------------------------------------------------------------------------ the choice between seeds
+
+def mean_reward(logits, weights):
+    """The reward, a number, of logits (T, labels): weighted over the labels, the mean over T timesteps."""
+    return (logits.sigmoid() @ weights).mean().item()
+
+
+def best(rewards, count, when):
+    """The `count` seeds with the largest rewards, of {seed: reward}; all rewards are printed."""
     kept = sorted(rewards, key=rewards.get, reverse=True)[:count]
-    for seed, value in rewards.items():
-        print(f"  seed {seed}: reward {value:.3f} {when}{', kept' if seed in kept else ''}")
-    return {seed: x for seed, x in latents.items() if seed in kept}
+    for seed, reward in rewards.items():
+        print(f"  seed {seed}: reward {reward:.3f} {when}{', kept' if seed in kept else ''}")
+    return kept
+
+
+# ------------------------------------------------------------------------------ the command
+
+def guided_velocity(model, text, negative, condition, guidance):
+    """velocity(x, t) of the model for one prompt."""
+    def velocity(x, t, negative_prompt):
+        return model(x, t, [negative if negative_prompt else text], **condition)
+    return guided(velocity, guidance)
 
 
 @torch.no_grad()
 def main(argv=None):
+    # ---- what is asked for; whatever is impossible is refused before anything large is loaded
     args = parse_args(argv)
-    model_type = fill_in(args)
+    model_type = model_type_of(args)
+    fill_in(args, model_type)
+    check(args, model_type)
+    images = [read_image(path) for path in (args.image, args.last_image) if path]  # (3, H, W) in [-1, 1] each
+    width, height = size_for(images[0], *args.size) if images else args.size
+    if min(width, height) < 16 or width % 16 or height % 16:
+        raise InputError(f"a video of {width}x{height} does not fit the model; "
+                         f"give a --size in multiples of 16")
+    jobs = jobs_of(args)
+    transformer = args.transformer or args.model
+    if args.best_of:
+        pavrm = PAVRM.on_meta(args.reward)
+        check_fit(pavrm, WanModel.on_meta(transformer), args.reward, transformer)
+        labels = parse_labels(args.labels, pavrm)  # {label: weight}
+    if not jobs:
+        print(f"all videos are in {args.output} already")
+        return
+    check_writable(jobs[0].path.parent)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    width, height = args.size
-    images = [read_image(path) for path in (args.image, args.last_image) if path]          # (3, H, W) in [-1, 1] each
-    if images:
-        width, height = size_for(images[0], width, height)
-    if min(width, height) < 16 or width % 16 or height % 16:
-        raise InputError(f"a video of {width}x{height} does not fit the model; give a --size in multiples of 16")
-    tasks, todo = {}, jobs(args)
-    if args.best_of:  # before anything large is loaded
-        pavrm, directory = PAVRM.on_meta(args.reward), args.transformer or args.model
-        check_fit(pavrm, WanModel.on_meta(directory), args.reward, directory)
-        tasks = parse_tasks(args.task, pavrm)
-    if not todo:
-        print(f"all videos are in {args.folder} already")
-        return
-    check_writable(todo[0][2].parent)
 
-    # The condition. The text encoder is large and has nothing more to do afterwards.
+    # ---- condition: the prompts and images; their encoders are large and leave memory again
     encoder = Encoder(args.model, device)
     negative_prompt = encoder.negative_prompt if args.negative_prompt is None else args.negative_prompt
-    *texts, negative = encoder.text([*args.prompt, negative_prompt])                       # (n_i, text_dim) each
+    *texts, negative = encoder.text([*args.prompt, negative_prompt])    # (n_i, text_dim) each
     negative = negative.to(device)
     del encoder.text_encoder
     condition = {}
     if images:
-        frames = torch.stack([F.interpolate(image[None], (height, width), mode="bicubic")[0] for image in images])
-        condition["y"] = condition_input(encoder.image_latents(frames, args.frames)[None], model_type)  # (1, 20, F, h, w)
+        frames = [F.interpolate(image[None], (height, width), mode="bicubic")[0] for image in images]
+        given = encoder.image_latents(torch.stack(frames), args.frames)[None]
+        condition["y"] = condition_input(given, model_type)             # (1, 20, F, h, w)
         if encoder.has_clip:  # it sees the images as they are, squashed to its square
-            condition["clip_fea"] = torch.cat([encoder.image_encoder(image[None].to(device)) for image in images])
+            seen = [encoder.image_encoder(image[None].to(device)) for image in images]
+            condition["clip_fea"] = torch.cat(seen)                     # (1 or 2, 257, 1280)
+            del encoder.image_encoder
 
-    model = WanModel.from_pretrained(args.transformer or args.model, dtype, device).eval()
-    pavrm = PAVRM.from_pretrained(args.reward, dtype, device) if args.best_of else None
+    # ---- models
+    model = WanModel.from_pretrained(transformer, dtype, device).eval()
     shape = (1, 16, (args.frames - 1) // 4 + 1, height // 8, width // 8)
-    weights, reward_noise = torch.tensor(list(tasks.values()), device=device), parallel.noise(shape, "best_of").to(device)
-    for number, seeds, path, entry in todo:
-        text = texts[number].to(device)
-        latents = {seed: torch.randn(shape, generator=torch.Generator(device).manual_seed(seed), device=device) for seed in seeds}
-        solvers = {seed: SOLVERS[args.solver](args.steps, args.shift) for seed in seeds}   # one each: they remember steps
+    if args.best_of:
+        pavrm = PAVRM.from_pretrained(args.reward, dtype, device)
+        weights = torch.tensor(list(labels.values()), device=device)
+        reward_noise = parallel.noise(shape, "best_of").to(device)      # the same for all seeds and prompts
 
-        def velocity(x, t, negative_prompt):
-            return model(x, t, [negative if negative_prompt else text], **condition)
+    for job in jobs:
+        # ---- the noise of each seed, and a solver for each: solvers remember earlier steps
+        text = texts[job.number].to(device)
+        velocity = guided_velocity(model, text, negative, condition, args.guidance)
+        latents, solvers = {}, {}
+        for seed in job.seeds:
+            generator = torch.Generator(device).manual_seed(seed)
+            latents[seed] = torch.randn(shape, generator=generator, device=device)
+            solvers[seed] = SOLVERS[args.solver](args.solver_steps, args.shift)
 
-        def advance(first, last):
-            for seed, x in latents.items():
-                latents[seed] = walk(guided(velocity, args.guidance), x, solvers[seed], first, last, progress=f"seed {seed}")
-
-        def process_reward(seed, x):
-            logits = pavrm(x, timestep(solvers[seed], args.drop_at, x), [text], **condition, tasks=list(tasks))
-            return (logits.sigmoid() @ weights).item()
-
-        def reward(seed, x):
-            logits = process_logits(pavrm, x, text, condition, reward_noise, REWARD_TIMESTEPS, list(tasks))
-            return (logits.sigmoid() @ weights).mean().item()
-
+        # ---- the first steps; the reward model judges latents that are still noisy, and drops the worst
         if args.drop_at:
-            advance(0, args.drop_at)
-            latents = best(latents, process_reward, args.keep, f"after {args.drop_at} of {args.steps} steps")
-            dropped, full = args.best_of - args.keep, args.best_of * args.steps
-            saved = dropped * (args.steps - args.drop_at)
-            print(f"  {dropped} of {args.best_of} seeds dropped: {saved} of {full} solver steps saved, {saved / full:.0%}")
-        advance(args.drop_at or 0, args.steps)
+            rewards = {}
+            for seed, x in latents.items():
+                x = walk(velocity, x, solvers[seed], 0, args.drop_at, progress=f"seed {seed}")
+                t = timestep(solvers[seed], args.drop_at, x)
+                logits = pavrm(x, t, [text], **condition, labels=list(labels))  # (1, labels)
+                latents[seed], rewards[seed] = x, mean_reward(logits, weights)
+            kept = best(rewards, args.keep, f"after {args.drop_at} of {args.solver_steps} steps")
+            latents = {seed: x for seed, x in latents.items() if seed in kept}
+            dropped = args.best_of - args.keep
+            saved = dropped * (args.solver_steps - args.drop_at)
+            full = args.best_of * args.solver_steps
+            print(f"  {dropped} of {args.best_of} seeds dropped: {saved} of {full} solver steps saved, "
+                  f"{saved / full:.0%}")
+
+        # ---- the remaining steps; of several seeds the best is written
+        first = args.drop_at or 0
+        for seed, x in latents.items():
+            latents[seed] = walk(velocity, x, solvers[seed], first, progress=f"seed {seed}")
         if args.best_of:
-            latents = best(latents, reward, 1, "finished")
+            rewards = {}
+            for seed, x in latents.items():
+                logits = process_logits(pavrm, x, text, condition, reward_noise, REWARD_TIMESTEPS,
+                                        list(labels))                   # (T, labels)
+                rewards[seed] = mean_reward(logits, weights)
+            kept = best(rewards, 1, "finished")
+            latents = {kept[0]: latents[kept[0]]}
         (seed, x), = latents.items()
-        video = to_uint8(encoder.video_encoder.decode(x)[0].cpu())                           # (T, H, W, 3)
-        write_video(path, video, args.fps)
-        if entry:  # the list is read again: clips may have been labelled meanwhile
-            entries, ids = listed(args.folder)
-            if path.stem not in ids:
-                write_json(path.with_name("clips.json"), [*entries, entry])
-        print(f"{path}: {args.frames} frames of {width}x{height}, seed {seed}, {args.prompt[number]!r}")
+
+        # ---- pixels; after the last walk the VAE gets the memory of the models
+        if job is jobs[-1]:
+            model = pavrm = velocity = None
+        video = to_uint8(encoder.video_encoder.decode(x)[0].cpu())      # (T, H, W, 3)
+        write_video(job.path, video, args.fps)
+        if job.entry:  # the list is read again: clips may have been labelled in the meantime
+            entries, ids = listed(args.output)
+            if job.path.stem not in ids:
+                write_json(job.path.with_name("clips.json"), [*entries, job.entry])
+        prompt = args.prompt[job.number]
+        print(f"{job.path}: {args.frames} frames of {width}x{height}, seed {seed}, {prompt!r}")
 
 
 if __name__ == "__main__":
-    parallel.run(main)
+    cli.run(main)

@@ -1,21 +1,27 @@
-"""Sequence parallelism (DeepSpeed-Ulysses, Jacobs et al. 2023, arXiv 2309.14509): a group of ranks shares a clip's tokens.
+"""Sequence parallelism: a group of ranks shares the tokens of a clip (DeepSpeed-Ulysses, Jacobs et al. 2023,
+arXiv 2309.14509).
 
-Each of n ranks has L / n tokens, all channels of them; attention, which needs all tokens, has a part of the heads instead:
+Each of n ranks has L / n tokens with all their channels. Attention needs all tokens; there, each rank has a
+part of the heads instead:
 
-    (B, L / n, heads, d)  -- exchange -->  (B, L, heads / n, d)  -- attention, exchange -->  (B, L / n, heads, d)
+    (B, L / n, heads, d)  -- exchange -->  (B, L, heads / n, d)  -- attention, exchange -->  (B, L / n, heads,
+    d)
 
-Where n does not divide L, zeros are appended; attention and pooling leave them out. All other layers see each token alone.
+If n does not divide L, zeros are appended; attention and pooling leave them out. All other layers see each
+token alone.
 
-Gradients: all ranks of a group compute the same loss, and each function's backward is its exact adjoint with respect to
-the SUM of the ranks' losses. FSDP's mean over all ranks is then the gradient of the mean loss over clips, alike for
-weights that saw a part of the tokens (blocks) and for weights that every rank applied to the whole (heads of the reward).
+Gradients: all ranks of a group compute the same loss, and each function's backward is its exact adjoint with
+respect to the SUM of the ranks' losses. FSDP's mean over all ranks is then the gradient of the mean loss over
+clips. This holds for weights that saw a part of the tokens (blocks) as well as for weights that every rank
+applied to all of them (heads of the reward).
 """
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed import ReduceOp
 
-group = None  # the ranks that share this rank's clips; None: this rank has whole clips. Set by parallel.start
+# The ranks that share a clip with this one. None: this rank has whole clips. Set by parallel.start.
+group = None
 
 
 def size():
@@ -27,26 +33,31 @@ def rank():
 
 
 def split(x, dim=1):
-    """This rank's part of the tokens along `dim`, zeros appended where they do not divide."""
+    """This rank's part of the tokens along `dim`; zeros are appended if the ranks do not divide them."""
     if size() == 1:
         return x
+    axes_after = x.ndim - 1 - dim % x.ndim
     missing = -x.shape[dim] % size()
-    return F.pad(x, (0, 0) * (x.ndim - 1 - dim % x.ndim) + (0, missing)).chunk(size(), dim)[rank()]
+    padded = F.pad(x, (0, 0) * axes_after + (0, missing))  # F.pad counts axes from the last
+    return padded.chunk(size(), dim)[rank()]
 
 
 def present(length, device):
-    """Which of this rank's tokens are real and not padding, of `length` in all: (L / n,) bool."""
+    """Which of this rank's tokens are not padding, of `length` tokens in all: (L / n,) bool."""
     return split(torch.ones(length, dtype=torch.bool, device=device), 0)
 
 
-# ---------------------------------------------------------------------------------------------- attention
+# ------------------------------------------------------------------------------ attention
 
 def to_heads(q, k, v, length):
-    """q, k, v (B, L / n, heads, d) of this rank's tokens -> (B, L, heads / n, d) of all `length` tokens, in one exchange."""
+    """q, k, v (B, L / n, heads, d) of this rank's tokens -> (B, L, heads / n, d) of all tokens.
+
+    One exchange for all three. length: L, the number of tokens without padding.
+    """
     if size() == 1:
         return q, k, v
     q, k, v = exchange(torch.stack([q, k, v]), 3, 2)[:, :, :length].unbind()
-    return q, k, v.contiguous()  # which attention keeps for backward, and with a view all three
+    return q, k, v.contiguous()  # attention keeps v for backward, and a view would keep all three
 
 
 def to_tokens(x):
@@ -56,9 +67,10 @@ def to_tokens(x):
     return exchange(F.pad(x, (0, 0, 0, -x.shape[1] % size())), 1, 2)
 
 
-@torch.library.custom_op("wan_prfl::exchange", mutates_args=())  # an operator, so that a compiled block stays one graph
+# A custom operator, so that a compiled block stays one graph. It needs the type hints.
+@torch.library.custom_op("wan_prfl::exchange", mutates_args=())
 def exchange(x: torch.Tensor, cut: int, join: int) -> torch.Tensor:
-    """Cut x along one axis, send each rank its piece, and join what comes along another; ranks in order."""
+    """Cut x along axis `cut`, send each rank its piece, and join the received pieces along axis `join`."""
     pieces = torch.stack(x.chunk(size(), cut))
     received = torch.empty_like(pieces)
     dist.all_to_all_single(received, pieces, group=group)
@@ -68,7 +80,8 @@ def exchange(x: torch.Tensor, cut: int, join: int) -> torch.Tensor:
 @exchange.register_fake
 def _(x, cut, join):
     shape = list(x.shape)
-    shape[cut], shape[join] = shape[cut] // size(), shape[join] * size()
+    shape[cut] //= size()
+    shape[join] *= size()
     return x.new_empty(shape)
 
 
@@ -76,13 +89,18 @@ def remember_axes(ctx, inputs, output):
     _, ctx.cut, ctx.join = inputs
 
 
-exchange.register_autograd(lambda ctx, grad: (exchange(grad, ctx.join, ctx.cut), None, None), setup_context=remember_axes)
+def exchange_back(ctx, grad):
+    return exchange(grad, ctx.join, ctx.cut), None, None
 
 
-# ---------------------------------------------------------------------------------------------- over all tokens
+exchange.register_autograd(exchange_back, setup_context=remember_axes)
+
+
+# ------------------------------------------------------------------------------ over all
+# tokens
 
 class Gather(torch.autograd.Function):
-    """(B, L / n, D) -> (B, L, D), in the ranks' order."""
+    """(B, L / n, D) -> (B, L, D), in the order of the ranks."""
 
     @staticmethod
     def forward(ctx, x):

@@ -1,16 +1,23 @@
 """Flow matching: noise levels, targets, the solvers that walk from noise to a clip, and the walk itself.
 
-A clip x_0 and noise give x_s = (1 - s) x_0 + s noise at the noise level s in [0, 1] (`sigma`); the model is told the
-timestep t = 1000 s and predicts the velocity dx/ds = noise - x_0. A `shift` f moves levels towards noise:
-s -> f s / (1 + (f - 1) s).
+A clip x_0 and noise give x_s = (1 - s) x_0 + s noise at the noise level s in [0, 1] (`sigma`). The model is
+told the timestep t = 1000 s and predicts the velocity dx/ds = noise - x_0. A `shift` f moves levels towards
+noise: s -> f s / (1 + (f - 1) s).
 
-A solver has `.timesteps` (one a step), `.sigmas` (one more, the last 0) and `.step(v, i, x)`, which takes the velocity
-at step i and returns x at step i + 1. Steps are differentiable in v and x. All coefficients are Python numbers,
-computed once, so no step waits for the device.
+A solver is a class `Name(steps, shift)` with an entry in SOLVERS. It has
+
+    .timesteps       what the model is told at each step, as numbers or a tensor: one per step
+    .sigmas          the noise level of x before each step, and a last one, 0: one more than timesteps
+    .step(v, i, x)   takes the velocity at step i (from 0), returns x at step i + 1, differentiable in v and x
+
+Steps come in order. A solver may keep what it needs of earlier steps as attributes; step 0 starts afresh. It
+computes its coefficients once, as Python numbers, so that no step waits for the GPU. Nothing else is
+required.
 """
 import math
 from statistics import NormalDist
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -21,13 +28,13 @@ def shifted(sigma, shift):
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
-# ---------------------------------------------------------------------------------------------- training
+# ------------------------------------------------------------------------------ training
 
 class TrainingSchedule:
-    """The 1000 noise levels of training: `.timesteps` (1000,), truncated to integers, and `.sigmas` (1001,), the last 0.
+    """The 1000 noise levels of training: `.timesteps` (1000,), integers, and `.sigmas` (1001,), the last 0.
 
-    `draws` says how `draw` chooses one: ["uniform"] over the table, as published; ["logit_normal"], the sigmoid of a
-    standard normal in place of the uniform number; or a list of timesteps, each equally often.
+    `draws` says how `draw` chooses one: ["uniform"] over the table, as published; ["logit_normal"], the
+    sigmoid of a standard normal in place of the uniform number; or a list of timesteps, each equally often.
     """
 
     def __init__(self, shift=5.0, draws=("uniform",)):
@@ -38,7 +45,8 @@ class TrainingSchedule:
                 if not all(0 <= t <= 1000 for t in self.draws):
                     raise ValueError
             except ValueError:
-                raise InputError(f"timesteps are drawn {' '.join(draws)}; give uniform, logit_normal, or timesteps from 0 to 1000") from None
+                raise InputError(f"--timesteps {' '.join(draws)} is not possible; give uniform, logit_normal "
+                                 f"or numbers from 0 to 1000") from None
         self.sigmas = shifted(torch.linspace(1, 0, 1001), shift)
         self.timesteps = (1000 * self.sigmas[:-1]).long()
 
@@ -53,7 +61,10 @@ class TrainingSchedule:
         return self.sigmas[index].item(), self.timesteps[index].item()
 
     def near(self, timestep):
-        """The table's sigma whose timestep comes nearest: evaluation names its noise levels by timestep."""
+        """The table's sigma with the nearest timestep: evaluation names noise levels by timestep. 0 is
+        clean."""
+        if timestep == 0:
+            return 0.0
         return self.sigmas[(self.timesteps - timestep).abs().argmin()].item()
 
 
@@ -68,15 +79,14 @@ def flow_matching_target(x0, noise):
     return noise - x0
 
 
-# ---------------------------------------------------------------------------------------------- solvers
+# ------------------------------------------------------------------------------ solvers
 
 class Euler:
-    """x += (s_next - s) v. Distilled models of few steps use it."""
+    """x += (s_next - s) v. Models that are distilled to a few steps use it."""
 
     def __init__(self, steps, shift):
         self.sigmas = shifted(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).float()
         self.timesteps = 1000 * self.sigmas[:-1]
-        self._t = self.timesteps.tolist()
         self._sigmas = self.sigmas.tolist()
 
     def step(self, v, i, x):
@@ -84,7 +94,7 @@ class Euler:
 
 
 class Multistep:
-    """What UniPC and DPM-Solver++ share: truncated timesteps, and predictions of x_0 kept over the last two steps.
+    """What UniPC and DPM-Solver++ share: truncated timesteps, and predictions of x_0 kept over two steps.
 
     In lambda = log((1 - s) / s), the log signal-to-noise ratio, one exponential-integrator step of size
     h = lambda_next - lambda from x_s with a constant prediction m of x_0 is
@@ -92,19 +102,27 @@ class Multistep:
     """
 
     def __init__(self, steps, shift, largest):
-        grid = torch.linspace(largest, 0, steps + 1, dtype=torch.float64)[:-1]
+        # numpy's linspace, as officially: torch's rounds differently, and truncation makes that a whole
+        # timestep.
+        grid = torch.from_numpy(np.linspace(largest, 0, steps + 1)[:-1])
         sigmas = shifted(grid, shift)
         self.timesteps = (1000 * sigmas).long()
-        self._t = self.timesteps.tolist()
         self.sigmas = torch.cat([sigmas, torch.zeros(1)]).float()
         self._s = self.sigmas.tolist()
-        self._lambda = [math.inf if s == 0 else -math.inf if s == 1 else math.log((1 - s) / s) for s in self._s]
+        self._lambda = [log_ratio(s) for s in self._s]
         self.steps = steps
 
     def constant_step(self, x, m, i, j):
         """From level i to level j with the constant prediction m."""
         decay = math.expm1(-(self._lambda[j] - self._lambda[i]))
         return self._s[j] / self._s[i] * x - (1 - self._s[j]) * decay * m
+
+
+def log_ratio(s):
+    """lambda = log((1 - s) / s), infinite at both ends."""
+    if s in (0, 1):
+        return math.inf if s == 0 else -math.inf
+    return math.log((1 - s) / s)
 
 
 class DPMSolverPP(Multistep):
@@ -117,8 +135,9 @@ class DPMSolverPP(Multistep):
         m = x - self._s[i] * v  # the predicted x_0
         out = self.constant_step(x, m, i, i + 1)
         if 0 < i < self.steps - 1:
-            h, h_before = self._lambda[i + 1] - self._lambda[i], self._lambda[i] - self._lambda[i - 1]
-            slope = (m - self._m) / (h_before / h)  # zero after a first step from pure noise, whose h is infinite
+            h = self._lambda[i + 1] - self._lambda[i]
+            h_before = self._lambda[i] - self._lambda[i - 1]
+            slope = (m - self._m) / (h_before / h)  # zero after a step from pure noise, whose h is infinite
             out = out - 0.5 * (1 - self._s[i + 1]) * math.expm1(-h) * slope
         self._m = m
         return out
@@ -127,12 +146,12 @@ class DPMSolverPP(Multistep):
 class UniPC(Multistep):
     """UniPC of order 2, B(h) = expm1(-h) (Zhao et al. 2023, arXiv 2302.04867), Wan's default solver.
 
-    Every step but the first begins with a corrector: now that the model has seen x_i, the step that led to x_i is
-    done again with the new prediction. So the result of step i depends on v twice, through corrector and predictor.
+    Every step but the first begins with a corrector: now that the model has seen x_i, the step that led to
+    x_i is repeated with the new prediction. So step i depends on v twice, through corrector and predictor.
     """
 
     def __init__(self, steps, shift):
-        super().__init__(steps, shift, largest=float(torch.tensor(0.999)))
+        super().__init__(steps, shift, largest=float(np.float32(0.999)))
 
     def step(self, v, i, x):
         m = x - self._s[i] * v  # from the x that the model saw, before it is corrected
@@ -144,7 +163,8 @@ class UniPC(Multistep):
             h = self._lambda[i + 1] - self._lambda[i]
             slope = (self._m - m) / self._ratio(i - 1, i, i + 1)
             out = out - (1 - self._s[i + 1]) * math.expm1(-h) * 0.5 * slope
-        self._m_before, self._m, self._x, self._order = (self._m if i else None), m, x, order
+        self._m_before = self._m if i else None
+        self._m, self._x, self._order = m, x, order
         return out
 
     def _ratio(self, before, start, end):
@@ -152,18 +172,19 @@ class UniPC(Multistep):
         return (self._lambda[before] - self._lambda[start]) / (self._lambda[end] - self._lambda[start])
 
     def _correct(self, m, i):
-        """Redo the step from i - 1 to i with m, the prediction at i, at the order that the predictor had."""
+        """Repeat the step from i - 1 to i with m, the prediction at i, at the order of that predictor."""
         h = self._lambda[i] - self._lambda[i - 1]
         weight = (1 - self._s[i]) * math.expm1(-h)
         out = self.constant_step(self._x, self._m, i - 1, i)
         if self._order == 1:
             return out - weight * 0.5 * (m - self._m)
-        # Order 2: rho solves  rho_0 + rho_1 = b_0  and  r rho_0 + rho_1 = b_1, the conditions of arXiv 2302.04867, eq. 5.
+        # Order 2: rho solves  rho_0 + rho_1 = b_0  and  r rho_0 + rho_1 = b_1, the conditions of eq. 5 there.
         r = self._ratio(i - 2, i - 1, i)
         b = math.expm1(-h)
         phi_2 = b / -h - 1
         phi_3 = phi_2 / -h - 0.5
-        b_0, b_1 = phi_2 / b, 2 * phi_3 / b
+        b_0 = phi_2 / b
+        b_1 = 2 * phi_3 / b
         rho_0 = (b_0 - b_1) / (1 - r)
         rho_1 = b_0 - rho_0
         return out - weight * (rho_0 * (self._m_before - self._m) / r + rho_1 * (m - self._m))
@@ -172,13 +193,13 @@ class UniPC(Multistep):
 SOLVERS = {"unipc": UniPC, "dpm++": DPMSolverPP, "euler": Euler}
 
 
-# ---------------------------------------------------------------------------------------------- the walk
+# ------------------------------------------------------------------------------ the walk
 
 def guided(velocity, guidance):
     """Classifier-free guidance: v_neg + g (v_pos - v_neg).
 
-    `velocity(x, t, negative_prompt)` evaluates the model with the prompt or with the negative prompt. At g = 1 the negative
-    prompt has no part in the result and is not evaluated.
+    `velocity(x, t, negative_prompt)` evaluates the model with the prompt or with the negative prompt. At g =
+    1 the negative prompt has no part in the result and is not evaluated.
     """
     def combined(x, t):
         positive = velocity(x, t, False)
@@ -190,10 +211,10 @@ def guided(velocity, guidance):
 
 
 def walk(velocity, x, solver, first=0, last=None, progress=None):
-    """Follow `velocity(x, t)` from noise x, or from where the solver stopped before step `first`, to before step `last`.
+    """Follow `velocity(x, t)` from noise x, or from where the solver stopped before step `first`.
 
-    x (B, ...) float32; t (B,) float32 on x's device. Sampling, previews and PRFL's rollouts all go through here.
-    `progress` names a progress bar.
+    x (B, ...) float32; t (B,) float32 on x's device. Steps `first` to `last` - 1 are taken; None: to the end.
+    Sampling, previews and PRFL's rollouts all come through here. `progress` names a progress bar.
     """
     steps = range(first, len(solver.timesteps) if last is None else last)
     for i in tqdm(steps, desc=progress, disable=None if progress else True, leave=False):
@@ -203,4 +224,4 @@ def walk(velocity, x, solver, first=0, last=None, progress=None):
 
 def timestep(solver, i, x):
     """The timestep (B,) of step i, for x (B, ...)."""
-    return torch.full((len(x),), float(solver._t[i]), device=x.device)
+    return torch.full((len(x),), float(solver.timesteps[i]), device=x.device)

@@ -4,15 +4,17 @@ A prompt becomes, in three steps, the text states that the video transformer att
 
     text --clean--> plain text --Tokenizer--> ids (n,) --UMT5Encoder--> states (n, dim)
 
-`encode_prompts` does all three. The encoder is T5's: pre-norm blocks of self-attention and a gated feed-forward,
-whose linear layers have no biases. Three things set it apart from the transformers of textbooks: positions enter
-only as a learned number added to the attention scores, looked up by the distance between two tokens; the scores
-are not divided by sqrt(head size); and every block has its own table of these numbers (T5 shares one).
+`encode_prompts` does all three. The encoder is T5's: pre-norm blocks of self-attention and a gated
+feed-forward, with linear layers that have no biases. It differs from a textbook transformer in three ways.
+Positions enter only as a learned number that is added to the attention scores, looked up by the distance
+between two tokens. The scores are not divided by sqrt(head size). And every block has its own table of these
+numbers (T5 shares one).
 """
 import html
 import math
 import re
 import unicodedata
+from html.entities import html5
 from pathlib import Path
 
 import sentencepiece
@@ -26,56 +28,95 @@ try:
 except ImportError:
     ftfy = None
 
+T5_FILE = "models_t5_umt5-xxl-enc-bf16.pth"  # in a model's directory
+SPIECE_FILE = "google/umt5-xxl/spiece.model"
+
 PAD, END, UNKNOWN = 0, 1, 3  # ids in umT5's vocabulary
 MAX_DISTANCE = 128  # tokens at least this far apart share the last position bucket
 
 
-# ---------------------------------------------------------------------------------------------- text to ids
+# ------------------------------------------------------------------------------ text to ids
 
 def _character_table():
     """{code point: replacement} of the single characters that ftfy replaces or drops."""
     table = {}
-    for code in range(0x80, 0xa0):  # C1 control codes stand for what Windows-1252 has there; five places are empty
+    # C1 control codes become what Windows-1252 has in their place; five places are empty.
+    for code in range(0x80, 0xa0):
         table[code] = bytes([code]).decode("cp1252", errors="ignore") or chr(code)
     compatible = [*range(0xff01, 0xfff0)]  # full-width Latin and half-width Asian forms
-    compatible += [0x132, 0x133, 0x149, *range(0x1c4, 0x1cd), *range(0x1f1, 0x1f4)]  # digraphs of Latin alphabets
-    compatible += range(0xfb00, 0xfb07)  # ligatures of typesetting: ff fi fl ffi ffl ſt st
+    compatible += [0x132, 0x133, 0x149, *range(0x1c4, 0x1cd), *range(0x1f1, 0x1f4)]  # Latin digraphs
+    compatible += range(0xfb00, 0xfb07)  # typographic ligatures: ff fi fl ffi ffl ſt st
     for code in compatible:
         table[code] = unicodedata.normalize("NFKC", chr(code))
     table[0xfb05] = "ſt"  # NFKC would turn the long s into a plain one
     table |= dict.fromkeys([0x2bc, *range(0x2018, 0x201c)], "'")
     table |= dict.fromkeys(range(0x201c, 0x2020), '"')
-    table |= dict.fromkeys([*range(0x09), 0x0b, *range(0x0e, 0x20), 0x7f])  # control characters: None drops them
-    table |= dict.fromkeys([*range(0x206a, 0x2070), 0xfeff, *range(0xfff9, 0xfffd)])  # marks nobody should see
+    # None drops a character: control characters and invisible marks.
+    table |= dict.fromkeys([*range(0x09), 0x0b, *range(0x0e, 0x20), 0x7f])
+    table |= dict.fromkeys([*range(0x206a, 0x2070), 0xfeff, *range(0xfff9, 0xfffd)])
+    return table
+
+
+def _entity_table():
+    """{entity: characters} of the named HTML entities.
+
+    The names in lower case are also known in upper case, where that is not another name: "&EACUTE;" is "É".
+    """
+    table = {}
+    for name, characters in html5.items():
+        if not name.endswith(";"):
+            continue
+        table[f"&{name}"] = characters
+        capitals = f"&{name.upper()}"
+        if name == name.lower() and html.unescape(capitals) == capitals:
+            table[capitals] = characters.upper()
     return table
 
 
 CHARACTERS = _character_table()
+ENTITIES = _entity_table()
+
+
+def _unescape(match):
+    """The characters of one HTML entity; what is not an entity as a whole stays as it is."""
+    entity = match[0]
+    if not entity.startswith("&#"):
+        return ENTITIES.get(entity, entity)
+    characters = html.unescape(entity)
+    return entity if ";" in characters else characters
 
 
 def fix_text(text):
-    """What `ftfy.fix_text` does by rule, from the standard library; not its repair of mojibake, which is a guess.
+    """What `ftfy.fix_text` does by rule, without its repair of mojibake, which is a guess.
 
-    HTML entities become their characters (unless the text holds a "<", so may be HTML itself); terminal colours
-    and control characters go; full-width letters, ligatures and curly quotes become plain ones; halves of
-    surrogate pairs are joined or replaced; accents join their letters (NFC). White space is left to `clean`.
+    HTML entities become their characters, up to the first line that contains a "<" and may be HTML itself.
+    Terminal colours and control characters are removed. Full-width letters, ligatures and curly quotes become
+    plain ones. Halves of surrogate pairs are joined or replaced. Accents join their letters (NFC). White
+    space is left to `clean`.
     """
-    before = None
-    while text != before:  # one repair may uncover the next: &amp;rdquo; -> &rdquo; -> ” -> "
-        before = text
-        if "<" not in text:
-            text = re.sub(r"&#?[0-9A-Za-z]{1,24};", lambda entity: html.unescape(entity[0]), text)
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # JSON may hold halves, "\ud83d"
-        text = re.sub(r"\x1b\[[\d;]*[a-zA-Z]", "", text)
-        text = unicodedata.normalize("NFC", text.translate(CHARACTERS))
-    return text
+    lines = []
+    is_html = False
+    for line in text.split("\n"):
+        is_html = is_html or "<" in line
+        before = None
+        while line != before:  # one repair may uncover the next: &amp;rdquo; -> &rdquo; -> ” -> "
+            before = line
+            if not is_html:
+                line = re.sub(r"&#?[0-9A-Za-z]{1,24};", _unescape, line)
+            # JSON may hold half a surrogate pair, such as "\ud83d".
+            line = line.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            line = re.sub(r"\x1b\[[\d;]*[a-zA-Z]", "", line)
+            line = unicodedata.normalize("NFC", line.translate(CHARACTERS))
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def clean(text):
-    """The text as umT5 is to see it: characters repaired, HTML entities unescaped twice, white space folded.
+    """The text as umT5 must see it: characters repaired, HTML entities unescaped twice, white space folded.
 
-    The repair is `ftfy.fix_text`, as in the official code, where ftfy is installed. Without it ours does the same
-    but for mojibake (UTF-8 once read as another encoding: "schÃ¶n" for "schön"), which is then left as it is.
+    Where ftfy is installed, the repair is `ftfy.fix_text`, as in the official code. Without it, `fix_text`
+    above does the same except for mojibake (UTF-8 that was read in another encoding: "schÃ¶n" for "schön"),
+    which then stays.
     """
     text = ftfy.fix_text(text) if ftfy else fix_text(text)
     text = html.unescape(html.unescape(text))
@@ -85,8 +126,8 @@ def clean(text):
 class Tokenizer:
     """umT5's sentencepiece tokenizer, with the ids of the official fast one (`tokenizer.json`).
 
-    path: the `spiece.model` of the model directory (`google/umt5-xxl/spiece.model`). text_len: ids a prompt, the
-    end among them. Raises InputError where the file is missing, damaged or another model's.
+    path: the file SPIECE_FILE of a model's directory. text_len: ids per prompt, including the end. Raises
+    InputError if the file is missing, damaged or of another model.
     """
 
     def __init__(self, path, text_len=512):
@@ -96,13 +137,14 @@ class Tokenizer:
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as error:
-            raise InputError(f"{path} is damaged or no sentencepiece model ({error}); copy it again") from None
+            raise InputError(f"{path} is damaged or not a sentencepiece model ({error}); "
+                             f"copy it again") from None
         if (self.model.eos_id(), self.model.unk_id()) != (END, UNKNOWN):
             raise InputError(f"{path} is the tokenizer of another model (end {self.model.eos_id()}, unknown "
                              f"{self.model.unk_id()}, expected {END} and {UNKNOWN}); use umT5's spiece.model")
 
     def __call__(self, prompts):
-        """prompts: list of B str -> ids, mask: both (B, text_len) int64; mask is 1 on tokens, 0 on padding."""
+        """prompts: list of B str -> ids and mask, both (B, text_len) int64; the mask is 0 on padding."""
         ids = torch.full((len(prompts), self.text_len), PAD)
         mask = torch.zeros_like(ids)
         for row, prompt in enumerate(prompts):
@@ -112,30 +154,34 @@ class Tokenizer:
         return ids, mask
 
     def encode(self, prompt):
-        """One prompt's ids as a list: at most text_len - 1 pieces, then the end."""
+        """The ids of one prompt: a list of at most text_len - 1 pieces and then the end."""
         tokens = []
         for token in self.model.encode(clean(prompt)):
-            if self.model.is_byte(token):  # sentencepiece may spell an unknown character in bytes; the fast
-                token = UNKNOWN            # tokenizer calls it unknown, and makes one id of a run of them
+            # sentencepiece may spell an unknown character in bytes. The fast tokenizer calls it unknown, and
+            # gives a run of unknown characters one id.
+            if self.model.is_byte(token):
+                token = UNKNOWN
             if token != UNKNOWN or tokens[-1:] != [UNKNOWN]:
                 tokens.append(token)
         return tokens[:self.text_len - 1] + [END]
 
 
-# ---------------------------------------------------------------------------------------------- ids to states
+# ------------------------------------------------------------------------------ ids to states
 
 def position_buckets(n, num_buckets, device=None):
     """The bucket of every (query, key) pair of n tokens, by key - query: (n, n) int64.
 
-    Half of the buckets are for keys behind or at the query, half for keys ahead. Of each half, half again hold one
-    distance each, the others growing ranges of distances up to MAX_DISTANCE (T5, section 2.1).
+    Half of the buckets are for keys at or behind the query, half for keys ahead. In each half, one half of
+    the buckets hold a single distance each, the others growing ranges of distances up to MAX_DISTANCE (T5,
+    section 2.1).
     """
     position = torch.arange(n, device=device)
     relative = position[None, :] - position[:, None]  # (query, key)
     half = num_buckets // 2
     exact = half // 2
     distance = relative.abs()
-    ratio = torch.log(distance.clamp(min=1).float() / exact) / math.log(MAX_DISTANCE / exact)  # 1 at MAX_DISTANCE
+    log_distance = torch.log(distance.clamp(min=1).float() / exact)
+    ratio = log_distance / math.log(MAX_DISTANCE / exact)  # 1 at MAX_DISTANCE
     far = (exact + (ratio * (half - exact)).long()).clamp(max=half - 1)
     return torch.where(distance < exact, distance, far) + half * (relative > 0)  # (n, n)
 
@@ -158,11 +204,13 @@ class Attention(nn.Module):
         self.v = nn.Linear(dim, dim_attn, bias=False)
         self.o = nn.Linear(dim_attn, dim, bias=False)
 
+    def heads(self, x):
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, n, head size)
+
     def forward(self, x, bias):
-        q, k, v = (linear(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-                   for linear in (self.q, self.k, self.v))  # (B, heads, n, head size)
+        q, k, v = self.heads(self.q(x)), self.heads(self.k(x)), self.heads(self.v(x))
         scores = q @ k.transpose(-1, -2) + bias  # (B, heads, n, n), not divided by sqrt(head size), see above
-        weights = scores.float().softmax(-1).type_as(v)  # (B, heads, n, n), summed in float32
+        weights = scores.float().softmax(-1).type_as(v)  # (B, heads, n, n), computed in float32
         return self.o((weights @ v).transpose(1, 2).flatten(2))  # (B, n, dim)
 
 
@@ -188,7 +236,7 @@ class Block(nn.Module):
 
     def forward(self, x, buckets, padding):
         bias = self.pos_embedding(buckets)  # (heads, n, n)
-        bias = bias.masked_fill(padding, torch.finfo(bias.dtype).min)  # (B, heads, n, n), no weight on padding
+        bias = bias.masked_fill(padding, torch.finfo(bias.dtype).min)  # (B, heads, n, n)
         x = x + self.attn(self.norm1(x), bias)  # (B, n, dim)
         return x + self.ffn(self.norm2(x))  # (B, n, dim)
 
@@ -205,7 +253,7 @@ class UMT5Encoder(nn.Module):
         self.norm = nn.RMSNorm(dim, eps=1e-6)
 
     def forward(self, ids, mask):
-        """ids (B, n), mask (B, n), 0 on padding -> states (B, n, dim); the rows of the padding mean nothing."""
+        """ids (B, n), mask (B, n), 0 on padding -> states (B, n, dim). Rows of padding have no meaning."""
         x = self.token_embedding(ids)  # (B, n, dim)
         buckets = position_buckets(ids.shape[1], self.num_buckets, ids.device)  # (n, n)
         padding = (mask == 0)[:, None, None, :]  # (B, 1, 1, n), broadcast over heads and queries
@@ -215,10 +263,10 @@ class UMT5Encoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, dtype=torch.bfloat16, device="cpu"):
-        """The frozen encoder of a checkpoint (`models_t5_umt5-xxl-enc-bf16.pth`); sizes are read off its shapes.
+        """The frozen encoder of a checkpoint (T5_FILE); sizes are read from its shapes.
 
-        dtype: bfloat16, as the official code runs it, or float32; float16 would overflow. Raises InputError where
-        the file is missing, damaged or another model's.
+        dtype: bfloat16, as in the official code, or float32; float16 would overflow. Raises InputError if the
+        file is missing, damaged or of another model.
         """
         shapes = weight_shapes(path)
         try:
@@ -228,19 +276,20 @@ class UMT5Encoder(nn.Module):
             num_buckets, num_heads = shapes["blocks.0.pos_embedding.embedding.weight"]
         except KeyError as missing:
             raise InputError(f"{path} is not a umT5 encoder ({missing} is missing); "
-                             f"give the official models_t5_umt5-xxl-enc-bf16.pth") from None
+                             f"give the official {T5_FILE}") from None
         num_layers = sum(name.endswith(".attn.q.weight") for name in shapes)
-        with torch.device("meta"):  # shapes without memory; the weights are then read straight into their place
+        with torch.device("meta"):  # shapes without memory; the weights are then read into place
             encoder = cls(vocab_size, dim, dim_attn, dim_ffn, num_heads, num_layers, num_buckets)
-        return load_weights(encoder.to(dtype).to_empty(device=device), path).eval().requires_grad_(False)
+        encoder = load_weights(encoder.to(dtype).to_empty(device=device), path)
+        return encoder.eval().requires_grad_(False)
 
 
 @torch.no_grad()
 def encode_prompts(encoder, tokenizer, prompts):
-    """prompts: list of B str -> list of B text states (n_i, dim), n_i <= text_len, without the padding's rows."""
+    """prompts: list of B str -> list of B text states (n_i, dim), n_i <= text_len, without padding."""
     ids, mask = tokenizer(prompts)  # (B, text_len)
     lengths = mask.sum(1).tolist()
-    longest = max(lengths)  # padding changes no other row, so what is padding in every prompt need not be computed
+    longest = max(lengths)  # padding does not change other rows, so columns of padding alone are not computed
     device = encoder.token_embedding.weight.device
     states = encoder(ids[:, :longest].to(device), mask[:, :longest].to(device))  # (B, longest, dim)
-    return [state[:length] for state, length in zip(states, lengths)]
+    return [state[:length] for state, length in zip(states, lengths, strict=True)]

@@ -1,4 +1,4 @@
-"""Files are read without running anything in them, and appear whole or not at all."""
+"""Reading a file never runs anything in it, and written files appear whole or not at all."""
 import errno
 import os
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import files
-from files import InputError, load_weights, save_weights, written_whole
+from files import InputError, atomic_write, load_weights, save_weights
 
 
 class Trap:
@@ -28,7 +28,7 @@ def test_a_pickled_object_is_not_run(tmp_path):
     assert (tmp_path / "sprung").exists()
 
 
-def test_a_pth_that_is_no_dictionary_of_tensors(tmp_path):
+def test_a_pth_that_is_not_a_dictionary_of_tensors(tmp_path):
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(InputError, match="list.pth is damaged"):
         load_weights(torch.nn.Linear(2, 2), tmp_path / "list.pth")
@@ -102,10 +102,11 @@ def test_a_failed_rename_puts_the_old_directory_back(tmp_path, monkeypatch):
         return rename(path, target)
 
     monkeypatch.setattr(files.Path, "rename", refuse_new)
-    with pytest.raises(KeyboardInterrupt), written_whole(tmp_path / "model") as beside:
+    with pytest.raises(KeyboardInterrupt), atomic_write(tmp_path / "model") as beside:
         beside.mkdir()
     monkeypatch.undo()
-    assert os.listdir(tmp_path) == ["model"] and files.read_json(tmp_path / "model/config.json") == {"version": 1}
+    assert os.listdir(tmp_path) == ["model"]
+    assert files.read_json(tmp_path / "model/config.json") == {"version": 1}
 
 
 @pytest.mark.parametrize("content, message", [(None, "does not exist"), ("{", "not valid JSON")])

@@ -1,4 +1,4 @@
-"""The labelling page: what it serves and refuses, and what stands in the list after every key."""
+"""The labelling page: what it serves and refuses, and what the list holds after every key."""
 import http.client
 import json
 import threading
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import pytest
 
 import label
-from data import read_list
+from annotations import read_list
 from files import InputError
 
 MOTION = ("physics_quality", "human_quality")
@@ -19,7 +19,7 @@ def clip(name, **more):
 
 @pytest.fixture
 def path(tmp_path):
-    """A list of six clips whose videos are some bytes each; the page never looks into them, the browser does."""
+    """A list of six clips. Their videos are any bytes: only a browser looks into them, the page does not."""
     for name in "abcdef":
         (tmp_path / f"{name}.mp4").write_bytes(name.encode() * 100 + bytes(range(100)))
     entries = [clip(name, seed=i, note=["é", None, 1.5]) for i, name in enumerate("abcdef")]
@@ -35,8 +35,9 @@ class Browser:
         self.number = {server.entries[i]["source_id"]: number for number, i in enumerate(server.order)}
 
     def __call__(self, path, method="GET", body=None, **headers):
-        connection = http.client.HTTPConnection("127.0.0.1", self.server.server_port, timeout=5)
-        connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
+        connection = http.client.HTTPConnection("127.0.0.1", self.server.server_port, timeout=60)
+        headers = {name.replace("_", "-"): value for name, value in headers.items()}
+        connection.request(method, path, body, headers)
         answer = connection.getresponse()
         answer.body = answer.read()
         connection.close()
@@ -53,8 +54,8 @@ class Browser:
 
 
 @contextmanager
-def served(path, task="motion_quality"):
-    with label.Server(path, task, 0) as server:
+def served(path, name="motion_quality"):
+    with label.Server(path, name, 0) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         try:
@@ -72,14 +73,16 @@ def motion(path, name):
     return [on_disk(path)[name].get(part) for part in MOTION]
 
 
-# ---------------------------------------------------------------------------------------------- the page
+# ------------------------------------------------------------------------------ the page
 
 def test_the_page_and_the_clips_tell_no_names(path):
     with served(path) as browser:
         page = browser("/")
-        assert page.status == 200 and page.getheader("Content-Type").startswith("text/html") and b"<video" in page.body
+        assert page.status == 200 and page.getheader("Content-Type").startswith("text/html")
+        assert b"<video" in page.body
         assert sorted(found["caption"] for found in browser.clips()) == [f"about {name}" for name in "abcdef"]
         assert all(set(found) == {"caption", "label"} for found in browser.clips())
+        assert json.loads(browser("/clips").body)["label"] == "motion_quality"
         assert browser.server.server_address[0] == "127.0.0.1"
 
 
@@ -92,23 +95,28 @@ def test_the_order_is_shuffled_and_always_the_same(path):
 def test_videos_whole_and_in_parts(path):
     with served(path) as browser:
         for name, number in browser.number.items():
-            whole, content = browser(f"/video/{number}"), path.with_name(f"{name}.mp4").read_bytes()
+            content = path.with_name(f"{name}.mp4").read_bytes()
+            whole = browser(f"/video/{number}")
             assert (whole.status, whole.body, whole.getheader("Content-Type")) == (200, content, "video/mp4")
-            assert whole.getheader("Accept-Ranges") == "bytes" and whole.getheader("Cache-Control") == "no-store"
-        for asked, first, last in [("0-1", 0, 1), ("100-", 100, 199), ("150-160", 150, 160), ("190-900", 190, 199)]:
+            assert whole.getheader("Accept-Ranges") == "bytes"
+            assert whole.getheader("Cache-Control") == "no-store"
+        ranges = [("0-1", 0, 1), ("100-", 100, 199), ("150-160", 150, 160), ("190-900", 190, 199)]
+        for asked, first, last in ranges:
             part = browser(f"/video/{number}", Range=f"bytes={asked}")
             assert (part.status, part.body) == (206, content[first:last + 1])
             assert part.getheader("Content-Range") == f"bytes {first}-{last}/200"
             assert part.getheader("Content-Length") == str(last + 1 - first)
-        for asked in ("bytes=900-", "bytes=5-3", "bytes=-5", "bytes=", "bytes=0-1,5-6", "lines=0-1", "bytes=" + 5000 * "9" + "-"):
+        for asked in ("bytes=900-", "bytes=5-3", "bytes=-5", "bytes=", "bytes=0-1,5-6", "lines=0-1",
+                      "bytes=" + 5000 * "9" + "-"):
             assert browser(f"/video/{number}", Range=asked).body == content
 
 
 def test_nothing_else_is_served(path):
     (path.parent / "secret.mp4").write_bytes(b"secret")
     with served(path) as browser:
-        for asked in ("/clips.json", "/../secret.mp4", "//etc/passwd", str(path), "/?x", "/video/", "/video/6", "/video/-1",
-                      "/video/a.mp4", "/video/0/../secret.mp4", "/video/..%2fsecret.mp4", "/video/" + 5000 * "1"):
+        for asked in ("/clips.json", "/../secret.mp4", "//etc/passwd", str(path), "/?x",
+                      "/video/", "/video/6", "/video/-1", "/video/a.mp4",
+                      "/video/0/../secret.mp4", "/video/..%2fsecret.mp4", "/video/" + 5000 * "1"):
             assert browser(asked).status == 404, asked
 
 
@@ -119,7 +127,7 @@ def test_a_video_that_goes_away(path):
         assert browser("/").status == 200
 
 
-# ---------------------------------------------------------------------------------------------- labels
+# ------------------------------------------------------------------------------ labels
 
 def test_every_key_is_on_the_disk_and_all_else_stays(path):
     before = on_disk(path)
@@ -129,17 +137,21 @@ def test_every_key_is_on_the_disk_and_all_else_stays(path):
             before[name]["blur_quality"] = value
             assert on_disk(path) == before and list(on_disk(path)) == list("abcdef")
             assert browser.clips()[browser.number[name]]["label"] == value
-        assert browser.server.balance() == f"{path}: 2 of 6 clips are labelled for blur_quality, 2 good and 0 poor"
-    assert sorted(file.name for file in path.parent.iterdir()) == sorted([*(f"{name}.mp4" for name in "abcdef"), "clips.json"])
+        sentence = f"{path}: 2 of 6 clips are labelled for blur_quality, 2 good and 0 poor"
+        assert browser.server.balance() == sentence
+    names = {file.name for file in path.parent.iterdir()}
+    assert names == {"clips.json", *(f"{name}.mp4" for name in "abcdef")}
 
 
 def test_one_goes_on_where_one_stopped(path):
     with served(path) as browser:
-        browser.label("b", 1), browser.label("e", 0)
+        browser.label("b", 1)
+        browser.label("e", 0)
     with served(path) as browser:
         found = {name: browser.clips()[number]["label"] for name, number in browser.number.items()}
         assert found == {"a": None, "b": 1, "c": None, "d": None, "e": 0, "f": None}
-        assert [entry["labels"]["physics_quality"] for entry in read_list(path)] == [None, 1, None, None, 0, None]
+        physics = [entry["labels"]["physics_quality"] for entry in read_list(path)]
+        assert physics == [None, 1, None, None, 0, None]
 
 
 @pytest.mark.parametrize("before, value, after", [
@@ -148,10 +160,11 @@ def test_one_goes_on_where_one_stopped(path):
     ([None, 1], 0, [0, 1]), ([None, 0], 0, [None, 0]), ([0, 0], 0, [0, 0]), ([1, 1], 1, [1, 1]),
     ([1, 1], 0, [0, None]),                                     # which of them is poor is not known
     ([0, None], 1, [1, 1]), ([None, 0], 1, [1, 1]),
-    ([1, 1], None, [None, None]), ([0, 1], None, [None, 1]), ([1, 0], None, [1, None]), ([1, None], None, [1, None]),
+    ([1, 1], None, [None, None]), ([0, 1], None, [None, 1]), ([1, 0], None, [1, None]),
+    ([1, None], None, [1, None]),
 ])
 def test_motion_is_physics_and_human(path, before, value, after):
-    given = {name: number for name, number in zip(MOTION, before) if number is not None}
+    given = {name: number for name, number in zip(MOTION, before, strict=True) if number is not None}
     path.write_text(json.dumps([clip("a", **given)]))
     with served(path) as browser:
         assert browser.label("a", value) == 200
@@ -159,16 +172,19 @@ def test_motion_is_physics_and_human(path, before, value, after):
 
 
 def test_labels_stand_where_the_entry_has_them(path):
-    path.write_text(json.dumps([clip("a", labels={"human_quality": "good", "blur_quality": "poor"})]))
+    labels = {"human_quality": "good", "blur_quality": "poor"}
+    path.write_text(json.dumps([clip("a", labels=labels)]))
     with served(path) as browser:
         assert browser.label("a", 0) == 200
-    assert on_disk(path)["a"] == clip("a", labels={"human_quality": "good", "blur_quality": "poor", "physics_quality": 0})
+    assert on_disk(path)["a"] == clip("a", labels=labels | {"physics_quality": 0})
 
 
 @pytest.mark.parametrize("body", [
-    "", "{", "[]", "1", "null", "{}", '{"clip": 0}', '{"label": 1}', '{"clip": 6, "label": 1}', '{"clip": -1, "label": 1}',
-    '{"clip": "0", "label": 1}', '{"clip": 0.5, "label": 1}', '{"clip": null, "label": 1}', '{"clip": [0], "label": 1}',
-    '{"clip": 0, "label": 2}', '{"clip": 0, "label": "1"}', '{"clip": 0, "label": {}}', b"\xff\xfe", "[" * 5000])
+    "", "{", "[]", "1", "null", "{}", '{"clip": 0}', '{"label": 1}',
+    '{"clip": 6, "label": 1}', '{"clip": -1, "label": 1}', '{"clip": "0", "label": 1}',
+    '{"clip": 0.5, "label": 1}', '{"clip": null, "label": 1}', '{"clip": [0], "label": 1}',
+    '{"clip": 0, "label": 2}', '{"clip": 0, "label": "1"}', '{"clip": 0, "label": {}}',
+    b"\xff\xfe", "[" * 5000])
 def test_wrong_labels_are_refused(path, body):
     before = path.read_text()
     with served(path) as browser:
@@ -180,13 +196,14 @@ def test_wrong_requests_are_refused(path):
     before, body = path.read_text(), '{"clip": 0, "label": 1}'
     with served(path) as browser:
         assert browser.post(body, "text/plain") == 400  # what a page of another site could send
-        assert browser("/", "POST", body, Content_Type="application/json").status == 400
-        assert browser("/label", "POST", body, Content_Type="application/json", Content_Length="-1").status == 400
+        headers = {"Content-Type": "application/json"}
+        assert browser("/", "POST", body, **headers).status == 400
+        assert browser("/label", "POST", body, **headers, Content_Length="-1").status == 400
         assert browser("/label", "PUT", body).status == 501
         assert path.read_text() == before
 
 
-def test_a_list_that_was_changed_by_another_is_not_overwritten(path):
+def test_a_list_that_another_program_changed_is_not_overwritten(path):
     with served(path) as browser:
         path.write_text(path.read_text().replace("about a", "more about a"))
         before = path.read_text()
@@ -206,15 +223,15 @@ def test_a_full_disk(path, monkeypatch):
         assert browser.label("a", 1) == 200 and motion(path, "a") == [1, 1]
 
 
-# ---------------------------------------------------------------------------------------------- the command
+# ------------------------------------------------------------------------------ the command
 
 @pytest.mark.parametrize("name, content, sentence", [
-    ("clips.jsonl", "{}", "is no .json file, and only those are labelled"),
-    ("clips.csv", "video,prompt", "is no .json file"),
+    ("clips.jsonl", "{}", "is not a .json file, and only those can be labelled"),
+    ("clips.csv", "video,prompt", "is not a .json file"),
     ("clips.json", None, "does not exist; check the path"),
-    ("clips.json", "[]", "is no list of clips"),
-    ("clips.json", "{}", "is no list of clips"),
-    ("clips.json", "[1]", "is no list of clips"),
+    ("clips.json", "[]", "is not a list of clips"),
+    ("clips.json", "{}", "is not a list of clips"),
+    ("clips.json", "[1]", "is not a list of clips"),
     ("clips.json", "[", "is not valid JSON"),
     ("clips.json", json.dumps([clip("x"), {}]), "no video of .*clips.json exists, the first is .*x.mp4"),
 ])
@@ -225,12 +242,13 @@ def test_wrong_lists(tmp_path, name, content, sentence):
         label.Server(tmp_path / name, port=0)
 
 
-def test_a_wrong_task_or_port(path):
+def test_a_wrong_label_or_port(path):
     with pytest.raises(SystemExit):
-        label.main([str(path), "--task", "beauty"])
+        label.main([str(path), "--label", "beauty"])
     with label.Server(path, port=0) as server:
         for port in (server.server_port, 99999):
-            with pytest.raises(InputError, match=f"port {port} cannot be used .*; choose another with --port"):
+            sentence = f"port {port} cannot be used .*; choose another with --port"
+            with pytest.raises(InputError, match=sentence):
                 label.main([str(path), "--port", str(port)])
 
 

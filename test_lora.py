@@ -1,30 +1,33 @@
-"""LoRA: an adapter starts without effect, is what its equation says, and is merged and saved under names that others read."""
+"""LoRA: an adapter starts without effect, follows its equation, and is saved so that others can read it."""
 import pytest
 import torch
 from safetensors import safe_open
 from torch import nn
 
 import files
+import lora
 from files import InputError
-from lora import LoRALinear, adapters, add_lora, merges, official_state, save_adapter, start_lora, without_adapters
+from lora import LoRALinear, adapters, add_lora, without_adapters
 from model import WanModel
-from test_model import checkpointing, tiny
 from testdata.golden import draw
+from testdata.helpers import checkpointing, tiny
 
 INPUTS = dict(x=draw((1, 16, 2, 4, 4), 1), t=torch.tensor([500.0]), context=[draw((3, 8), 2)])
 
 
 def merged_state(model):
     """What is saved."""
-    functions = merges(model)
-    return {name: functions[name](tensor) if name in functions else tensor for name, tensor in official_state(model).items()}
+    state = lora.official_state(model)
+    for name, merge in lora.merges(model).items():
+        state[name] = merge(state[name])
+    return state
 
 
 def with_adapters(rank=3, alpha=6.0, targets=("q", "k", "v", "o"), started=True):
     """A tiny model with adapters; `started`: at their start, else with other values, as if trained."""
     model = tiny()
     add_lora(model, rank, alpha, targets)
-    start_lora(model, 0)
+    lora.start_lora(model, 0)
     if not started:
         for i, layer in enumerate(adapters(model).values()):
             layer.lora_B.weight.data = 0.1 * draw(layer.lora_B.weight.shape, i)
@@ -54,7 +57,8 @@ def test_only_adapters_are_trained_and_all_learn_in_the_second_step():
     """With B zero, the first step reaches B alone; A follows."""
     model = with_adapters()
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert len(names) == 3 * 8 * 2 and all(name.endswith((".lora_A.weight", ".lora_B.weight")) for name in names)
+    assert len(names) == 3 * 8 * 2
+    assert all(name.endswith((".lora_A.weight", ".lora_B.weight")) for name in names)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
     for reached in (["lora_B"], ["lora_A", "lora_B"]):
         optimizer.zero_grad()
@@ -83,7 +87,8 @@ def test_image_keys_are_a_target_of_their_own():
 
 @pytest.mark.parametrize("target", ["query", "k_img", "attn.q", "norm_q", "modulation"])
 def test_a_target_that_is_no_layer(target):
-    with pytest.raises(InputError, match=f"no linear layer of a block is called {target}; choose LoRA targets from q k v o"):
+    sentence = f"no linear layer of a block is called {target}; choose LoRA targets from q k v o"
+    with pytest.raises(InputError, match=sentence):
         add_lora(tiny(), 2, 2.0, ["q", target])
 
 
@@ -101,13 +106,14 @@ def test_merging_is_the_same_function(tmp_path):
     assert torch.allclose(merged.blocks[1].cross_attn.v.weight, by_hand, atol=1e-6)
     model.save_pretrained(tmp_path / "merged")
     loaded = WanModel.from_pretrained(tmp_path / "merged")
-    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), merged.state_dict().values()))
+    states = zip(loaded.state_dict().values(), merged.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in states)
 
 
 def test_an_adapter_file_adds_up_to_the_merged_model(tmp_path):
-    """Base + B A of the file is the merged model: a reader that knows nothing of alpha, or takes it for the rank, is right."""
+    """Base + B A of the file is the merged model, for programs that ignore alpha or take it for the rank."""
     model = with_adapters(started=False)
-    save_adapter(model, tmp_path / "adapter.safetensors")
+    lora.save_adapter(model, tmp_path / "adapter.safetensors")
     with safe_open(tmp_path / "adapter.safetensors", framework="pt") as file:
         tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
     assert metadata == {"format": "pt"} and len(tensors) == 3 * 8 * 2
@@ -128,7 +134,7 @@ def test_without_adapters_it_is_the_model_as_it_was():
 
 
 def test_checkpointed_blocks_compute_adapters_again():
-    """The start's velocity is asked for between forward and backward; what is computed again then has its adapters."""
+    """Blocks computed again have their adapters, though the model ran without them in between."""
     gradients = []
     for checkpointed in (False, True):
         model = with_adapters(started=False)
@@ -138,11 +144,11 @@ def test_checkpointed_blocks_compute_adapters_again():
             model(**INPUTS)
         out.square().sum().backward()
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 def test_weights_load_under_adapters(tmp_path):
-    """Frozen weights are read as ever; the adapters are no part of a checkpoint."""
+    """Frozen weights are read as always; adapters are not part of a checkpoint."""
     tiny(7).save_pretrained(tmp_path / "model")
     model = files.load_weights(with_adapters(started=False), tmp_path / "model")
     with torch.no_grad(), without_adapters(model):

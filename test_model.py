@@ -1,43 +1,15 @@
-"""Every variant of the transformer agrees with the official one, has its names, and reads and writes its files."""
+"""Every variant of the transformer agrees with the official one, and reads and writes its files."""
 import json
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch.utils.checkpoint import checkpoint
 
 import files
 from files import InputError
-from model import WanConfig, WanExperts, WanModel
-from test_vae import golden
+from model import WanConfig, WanModel
 from testdata.golden import agree, draw, fill_
-
-TINY = dict(model_type="t2v", dim=48, ffn_dim=64, freq_dim=32, in_dim=16, out_dim=16, num_heads=4, num_layers=3,
-            text_len=16, text_dim=8)
-
-
-def tiny(seed=0, **changes):
-    model = WanModel({**TINY, **changes})
-    fill_(model.state_dict(), seed)
-    return model
-
-
-def golden_inputs(meta):
-    """The inputs that a golden file's metadata describes: keyword arguments of forward, and the weights' seed."""
-    config, shape, seed = json.loads(meta["cfg"]), json.loads(meta["shape"]), int(meta["seed"])
-    lens, t, images = json.loads(meta["lens"]), json.loads(meta["t"]), int(meta["clip_n"])
-    inputs = dict(x=draw(shape, seed + 1), t=torch.tensor(t),
-                  context=[draw((n, config["text_dim"]), seed + 10 + i) for i, n in enumerate(lens)])
-    if config["in_dim"] > config["out_dim"]:
-        inputs["y"] = draw((shape[0], config["in_dim"] - config["out_dim"], *shape[2:]), seed + 2)
-    if images:
-        inputs["clip_fea"] = draw((images * shape[0], 257, 1280), seed + 3)
-    if meta.get("pertoken") == "True":  # the first latent frame is given: its tokens are at timestep 0
-        tokens_a_frame = shape[3] // 2 * shape[4] // 2
-        inputs["t"] = torch.tensor(t).repeat_interleave(shape[2] * tokens_a_frame).view(shape[0], -1)
-        inputs["t"][:, :tokens_a_frame] = 0
-    config = WanConfig.from_dict({**config, "use_clip": bool(images)})
-    return inputs, config, seed
+from testdata.helpers import ROOT, TINY, checkpointing, golden, golden_inputs, tiny
 
 
 @pytest.mark.parametrize("name", ["wan21_t2v", "wan21_i2v", "wan21_flf2v", "wan22_i2v", "wan22_ti2v"])
@@ -59,16 +31,17 @@ def test_official_values(name):
         assert agree(model.get_parameter(key.removeprefix("grad.")).grad, values[key], 1e-4), key
 
 
-@pytest.mark.parametrize("name", ["Wan2.1-T2V-1.3B", "Wan2.1-T2V-14B", "Wan2.1-I2V-14B", "Wan2.1-FLF2V-14B-720P",
-                                  "Wan2.2-T2V-A14B", "Wan2.2-I2V-A14B", "Wan2.2-TI2V-5B"])
+@pytest.mark.parametrize("name", [
+    "Wan2.1-T2V-1.3B", "Wan2.1-T2V-14B", "Wan2.1-I2V-14B", "Wan2.1-FLF2V-14B-720P",
+    "Wan2.2-T2V-A14B", "Wan2.2-I2V-A14B", "Wan2.2-TI2V-5B"])
 def test_names_and_shapes_are_the_official_ones(name):
-    config = WanConfig.from_dict({**files.read_json("testdata/manifests/config_json.json")[name],
-                                  "use_clip": False if name == "Wan2.2-I2V-A14B" else None})
+    official = files.read_json(ROOT / "testdata/manifests/config_json.json")[name]
+    use_clip = False if name == "Wan2.2-I2V-A14B" else None
+    config = WanConfig.from_dict({**official, "use_clip": use_clip})
     with torch.device("meta"):
         ours = {key: list(tensor.shape) for key, tensor in WanModel(config).state_dict().items()}
-    manifest = files.read_json(f"testdata/manifests/{name}.dit.json")
+    manifest = files.read_json(ROOT / f"testdata/manifests/{name}.dit.json")
     assert ours == {key: shape for key, (_, shape) in manifest.items()}
-    official = files.read_json("testdata/manifests/config_json.json")[name]
     assert config.official() == official  # what we write as config.json
 
 
@@ -85,8 +58,10 @@ def test_save_and_load(tmp_path, monkeypatch, shard_bytes):
         index = files.read_json(tmp_path / "saved/diffusion_pytorch_model.safetensors.index.json")
         assert set(index["weight_map"]) == set(model.state_dict())
     loaded = WanModel.from_pretrained(tmp_path / "saved")
-    for (name, a), b in zip(model.state_dict().items(), loaded.state_dict().values()):
-        assert torch.equal(a, b), name
+    state = loaded.state_dict()
+    assert set(state) == set(model.state_dict())
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
 
 
 def test_bf16_stays_near_float32(tmp_path):
@@ -108,29 +83,15 @@ def test_wan22_i2v_is_told_from_wan21_by_its_names(tmp_path):
 
 
 def test_padding_is_attended():
-    """Padded and unpadded prompts are one thing; a longer text_len is another, since zeros are attended too."""
+    """Padded and unpadded prompts are the same; a longer text_len is not, because zeros are attended too."""
     model, inputs = tiny(), dict(x=draw((1, 16, 2, 4, 4), 1), t=torch.tensor([500.0]))
     states = draw((3, 8), 2)
     padded = torch.cat([states, torch.zeros(13, 8)])
     with torch.no_grad():
-        assert torch.equal(model(**inputs, context=[states]), model(**inputs, context=padded[None]))
+        out = model(**inputs, context=[states])
+        assert torch.equal(out, model(**inputs, context=padded[None]))
         longer = tiny(text_len=32)
-        assert not torch.allclose(model(**inputs, context=[states]), longer(**inputs, context=[states]), rtol=1e-3)
-
-
-def test_experts_are_chosen_by_timestep(tmp_path):
-    for seed, noise in enumerate(["high", "low"]):
-        tiny(seed).save_pretrained(tmp_path / f"{noise}_noise_model")
-    experts = WanExperts.from_pretrained(tmp_path)
-    inputs = dict(x=draw((1, 16, 2, 4, 4), 1), context=[draw((3, 8), 2)])
-    with torch.no_grad():
-        for t, seed in [(875.0, 0), (874.9, 1)]:
-            t = torch.tensor([t])
-            assert torch.equal(experts(t=t, **inputs), tiny(seed)(t=t, **inputs))
-
-
-def checkpointing(block, *inputs):
-    return checkpoint(block, *inputs, use_reentrant=False)
+        assert not torch.allclose(out, longer(**inputs, context=[states]), rtol=1e-3)
 
 
 def test_checkpointed_blocks_change_no_gradient():
@@ -141,7 +102,7 @@ def test_checkpointed_blocks_change_no_gradient():
         model.run_block = checkpointing if checkpointed else model.run_block
         model(**inputs).square().sum().backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -149,19 +110,22 @@ def test_bf16_on_cuda_stays_near_float32_on_the_cpu(tmp_path):
     model = tiny(dim=128, num_heads=4)
     model.save_pretrained(tmp_path / "saved")
     half = WanModel.from_pretrained(tmp_path / "saved", dtype=torch.bfloat16, device="cuda")
-    inputs = dict(x=draw((2, 16, 3, 8, 8), 1), t=torch.tensor([100.0, 900.0]), context=[draw((3, 8), 2), draw((5, 8), 3)])
-    on_cuda = {name: [x.cuda() for x in value] if isinstance(value, list) else value.cuda() for name, value in inputs.items()}
+    x = draw((2, 16, 3, 8, 8), 1)
+    t = torch.tensor([100.0, 900.0])
+    context = [draw((3, 8), 2), draw((5, 8), 3)]
     with torch.no_grad():
-        assert agree(half(**on_cuda).cpu(), model(**inputs), 5e-2)
+        out = half(x.cuda(), t.cuda(), [states.cuda() for states in context])
+        assert agree(out.cpu(), model(x, t, context), 5e-2)
 
 
-# ---------------------------------------------------------------------------------------------- wrong input
+# ------------------------------------------------------------------------------ wrong input
 
 def test_another_models_checkpoint_is_refused_by_the_tensors_names(tmp_path):
     tiny().save_pretrained(tmp_path / "saved")
     wider = {**TINY, "ffn_dim": 80}
     (tmp_path / "saved/config.json").write_text(json.dumps(wider))
-    with pytest.raises(InputError, match=r"another model: blocks\.0\.ffn\.0\.weight is \[64, 48\], expected \[80, 48\]"):
+    sentence = r"another model: blocks\.0\.ffn\.0\.weight is \[64, 48\], expected \[80, 48\]"
+    with pytest.raises(InputError, match=sentence):
         WanModel.from_pretrained(tmp_path / "saved")
     state = tiny().state_dict()
     state["blocks.0.self_attn.key.weight"] = state.pop("blocks.0.self_attn.k.weight")

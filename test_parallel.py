@@ -1,16 +1,17 @@
-"""One process or several, whatever shares what: the same losses, gradients and weights. And how sequences are shared."""
-import os
+"""One process or several: the same losses, gradients and weights. Memory, speed, precision."""
+import math
 import subprocess
 import sys
 import weakref
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+import torch.distributed as dist
 from torch._dynamo.testing import CompileCounter
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import files
 import memory
@@ -21,75 +22,161 @@ import train_pavrm
 import train_prfl
 from files import InputError
 from model import WanModel
-from solver import UniPC, walk
-from test_model import TINY, tiny
-from test_reward import fill_pavrm
-from test_train import flags_of, numbers, read_log, run, steps, world, write_index  # noqa: F401 (world is a fixture)
 from testdata.golden import draw, fill_
+from testdata.helpers import (
+    SEVERAL,
+    SHAPE,
+    TINY,
+    Calls,
+    fill_vae,
+    flags_of,
+    flat,
+    numbers,
+    read_log,
+    run,
+    steps,
+    watched,
+    weights_of,
+    write_index,
+)
+from video import read_video
 
-STEPS = 5
-# Bradley-Terry cancels the gradient of a bias whose unit both clips of a pair pass: Adam makes steps of the learning rate of
-# what rounding leaves. So its head learns at the published rate, at which these steps are too small to matter.
-RUNS = {"pavrm": (train_pavrm, []), "pavrm_bt": (train_pavrm, ["--loss", "bt", "--head_lr", "1e-5"]), "pavrm_lora": (train_pavrm, ["--lora_rank", "4"]),
-        "prfl": (train_prfl, []), "prfl_lora": (train_prfl, ["--lora_rank", "4", "--lora_targets", "q", "o", "ffn.0"])}
-MESHES = {"dp2": (2, []), "sp2": (2, ["--sp", "2"]), "replicate2": (2, ["--dp_replicate", "2"]),
-          "dp4": (4, []), "sp4": (4, ["--sp", "4"]), "dp2_sp2": (4, ["--sp", "2"]), "replicate2_shard2": (4, ["--dp_replicate", "2"]),
-          "replicate2_sp2": (4, ["--dp_replicate", "2", "--sp", "2"])}
+HAS_CUDA = torch.cuda.is_available()
+
+# ------------------------------------------------------------------------------ several processes
 
 DRIVER = """
-import importlib, json, os
+import importlib, json, os, sys
 import torch.distributed as dist
-import records
-records.Checkpoints.save = lambda *_: None  # resuming is tested elsewhere
-dist.init_process_group("gloo")
+import records, train_pavrm, train_prfl
+
+ranks = int(sys.argv[1])
+children = []
+for rank in range(ranks):  # forked, so that everything is imported only once
+    children.append(os.fork())
+    if children[-1] == 0:
+        break
+else:
+    sys.exit(any(os.waitpid(child, 0)[1] for child in children))
+os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+os.environ |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+dist.init_process_group("gloo", init_method="file://" + os.path.abspath("store"), rank=rank, world_size=ranks)
 dist.init_process_group = lambda *_, **__: None  # the processes stay together from run to run
-for name, flags in json.load(open("jobs.json")):
+save = records.Checkpoints.save
+for name, flags, resumed in json.load(open("jobs.json")):
+    records.Checkpoints.save = save if resumed else lambda *_: None
     importlib.import_module(name).main(flags)
 """
 
 
 def spawn(processes, jobs):
-    """Run [(script, flags)] one after the other, each in all of `processes` processes."""
-    files.write_json("jobs.json", [(script.__name__, flags) for script, flags in jobs])
-    Path("driver.py").write_text(DRIVER)
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone", "driver.py"],
-                          capture_output=True, text=True, timeout=900, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    """Run [(script, flags)] one after the other, each in all of `processes` processes.
+
+    The processes meet through a file, so no port is needed. Only runs that are resumed save checkpoints.
+    """
+    outputs = [flags[flags.index("--output") + 1] for _, flags in jobs]
+    resumed = [outputs.count(output) > 1 for output in outputs]
+    described = []
+    for (script, flags), again in zip(jobs, resumed, strict=True):
+        described.append((script.__name__, flags, again))
+    files.write_json("jobs.json", described)
+    Path("store").unlink(missing_ok=True)
+    done = subprocess.run([sys.executable, "-c", DRIVER, str(processes)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
 
 
+def test_one_process_or_two_with_options_of_every_kind(several_labels):
+    """Losses, norms, rewards, measures and results are the same. Two processes also stop and resume once."""
+    fill_vae("model")
+    for i, line in enumerate(several_labels):
+        line["pair_id"] = f"pair {i // 2}"
+    write_index(several_labels)
+    pairs = ["--loss", "bt", "--timesteps", "200", "500", "--num_queries", "2", "--eval_timesteps", "201"]
+    labels = [*SEVERAL, "--accumulation", "2", "--ema", "0.5"]
+    adapters = ["--lora_rank", "3", "--ema", "0.5", "--kl_weight", "0.5", "--phases", "rwr", "reward",
+                "--accumulation", "1", "--gradient_steps", "2", "--rollout_guidance", "2",
+                "--solver_steps", "4", "--activation_checkpointing",
+                "--samples", "1", "--sample_every", "3", "--sample_guidance", "1"]
+    plain = ["--steps", "3", "--sample_every", "3", "--samples", "1", "--solver_steps", "4"]
+    small = ["--batch_size", "2", "--steps", "3"]
+    runs = {"bt": (train_pavrm, [*pairs, *small]), "labels": (train_pavrm, [*labels, *small]),
+            "adapters": (train_prfl, [*adapters, *small]),
+            "plain": (train_prfl, plain),  # with more processes than samples
+            "plain_pavrm": (train_pavrm, ["--steps", "3", "--eval_timesteps", "201", "600"])}
+    jobs = []
+    for name, (script, flags) in runs.items():
+        jobs.append((script, flags_of(script, f"two_{name}", *flags)))
+        if name == "adapters":
+            jobs[-1] = (script, [*jobs[-1][1], "--steps", "2"])
+            jobs.append((script, flags_of(script, f"two_{name}", *flags, "--resume")))
+    spawn(2, jobs)
+    for name, (script, flags) in runs.items():
+        one, two = numbers(run(script, name, *flags)), numbers(read_log(f"two_{name}"))
+        if name == "adapters":  # the run that was stopped after two steps has sampled there too
+            two = [line for line in two if "evaluation" not in line or line["step"] in (0, 3)]
+        assert len(one) == len(two) and "evaluation" in two[-1], name
+        for a, b in zip(one, two, strict=True):
+            assert flat(b) == pytest.approx(flat(a), rel=1e-4, abs=1e-6), name
+    measures = read_log("two_bt")[-1]["evaluation"]["motion_quality"]["201"]
+    assert set(measures) == {"pair_accuracy", "auc", "loss"}
+    for result in ("adapter.safetensors", "adapter_ema.safetensors", "model", "model_ema"):
+        a, b = (weights_of(f"{output}/{result}") for output in ("adapters", "two_adapters"))
+        assert a.keys() == b.keys()
+        for name in a:  # AdamW's first steps are those of a sign: what is about zero may go either way
+            assert (a[name] - b[name]).abs().mean() < 1e-3 * a[name].abs().mean(), name
+    a, b = (read_video(f"{output}/samples/step_000003/0.mp4") for output in ("plain", "two_plain"))
+    assert (a == b).float().mean() > 0.99
+
+
+STEPS = 3
+# Bradley-Terry cancels the gradient of a bias whose unit both clips of a pair pass: Adam then makes full
+# steps in the direction of a rounding error. So its head learns at the published rate, which is small.
+RUNS = {"pavrm": (train_pavrm, []),
+        "pavrm_bt": (train_pavrm, ["--loss", "bt", "--head_lr", "1e-5"]),
+        "pavrm_lora": (train_pavrm, ["--lora_rank", "4"]),
+        "prfl": (train_prfl, []),
+        "prfl_lora": (train_prfl, ["--lora_rank", "4", "--lora_targets", "q", "o", "ffn.0"])}
+MESHES = {"dp2": (2, []),
+          "sp2": (2, ["--sp", "2"]),
+          "replicate2": (2, ["--dp_replicate", "2"]),
+          "dp4": (4, []),
+          "sp4": (4, ["--sp", "4"]),
+          "dp2_sp2": (4, ["--sp", "2"]),
+          "replicate2_shard2": (4, ["--dp_replicate", "2"]),
+          "replicate2_sp2": (4, ["--dp_replicate", "2", "--sp", "2"])}
+
+
 @pytest.fixture
-def odd_world(world):
-    """The world with clips of 9 tokens: 2 and 4 ranks need padding, and of 4 ranks one has nothing else."""
-    for i, line in enumerate(world):
-        with files.open_safetensors(f"clips/{i}.safetensors") as clip:
-            tensors = {name: clip.get_tensor(name) for name in clip.keys()}
-        files.write_safetensors(f"clips/{i}.safetensors", {**tensors, "latents": draw((16, 3, 2, 6), 10 + i)})
+def odd_world(quick):
+    """The quick world with clips of 9 tokens: 2 and 4 ranks need padding, and one of 4 has nothing else."""
+    for i, line in enumerate(quick):
+        tensors = weights_of(f"clips/{i}.safetensors") | {"latents": draw((16, 3, 2, 6), 10 + i)}
+        files.write_safetensors(f"clips/{i}.safetensors", tensors)
         line |= {"shape": [16, 3, 2, 6], "pair_id": f"pair {i // 2}"}
-    write_index(world)
+    write_index(quick)
 
 
 def flags(name, output, mesh=()):
     script, own = RUNS[name]
-    quick = ["--eval_timesteps", "600"] if script is train_pavrm else []
-    return flags_of(script, output, "--steps", str(STEPS), "--batch_size", "4", *quick, *own, *mesh)
+    return flags_of(script, output, "--steps", str(STEPS), "--batch_size", "4", *own, *mesh)
 
 
 def compare(meshes, runs):
-    """Train with each mesh and with one process; losses, gradient norms, rewards and the trained weights must agree."""
+    """Train with each mesh and with one process; losses, norms, rewards and trained weights must agree."""
     for name in runs:
         run(RUNS[name][0], name, *flags(name, name))
     for processes in sorted({MESHES[mesh][0] for mesh in meshes}):
+        of_this_size = [mesh for mesh in meshes if MESHES[mesh][0] == processes]
         spawn(processes, [(RUNS[name][0], flags(name, f"{mesh}_{name}", MESHES[mesh][1]))
-                          for mesh in meshes if MESHES[mesh][0] == processes for name in runs])
+                          for mesh in of_this_size for name in runs])
     for mesh in meshes:
         for name in runs:
             one, many = (steps(numbers(read_log(output))) for output in (name, f"{mesh}_{name}"))
             assert len(one) == len(many) == STEPS
-            for a, b in zip(one, many):
-                a, b = ({key: value for key, value in line.items() if isinstance(value, float)} for line in (a, b))
-                assert b == pytest.approx(a, rel=1e-4, abs=1e-7), (mesh, name)
+            for a, b in zip(one, many, strict=True):
+                assert flat(b) == pytest.approx(flat(a), rel=1e-4, abs=1e-7), (mesh, name)
             result = "reward" if RUNS[name][0] is train_pavrm else "model"
-            one, many = (load_file(next(Path(output, result).glob("*.safetensors"))) for output in (name, f"{mesh}_{name}"))
+            one, many = (weights_of(f"{output}/{result}") for output in (name, f"{mesh}_{name}"))
             assert one.keys() == many.keys()
             largest = max(weight.abs().max() for weight in one.values())
             for key in one:
@@ -105,7 +192,42 @@ def test_every_mesh(odd_world):
     compare(MESHES, RUNS)
 
 
-# ---------------------------------------------------------------------------------------------- sequences
+def test_batch_size_that_cannot_be_shared(monkeypatch):
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    assert parallel.share([7, 8, 9, 6]) == [(2, 9), (3, 6)]
+    assert parallel.shard_indices(5) == [(1, True), (3, True), (4, False)]
+    with pytest.raises(InputError, match="--batch_size 3 cannot be shared equally by 2"):
+        parallel.share([7, 8, 9])
+
+
+# ------------------------------------------------------------------------------ GPUs of a process
+
+@pytest.mark.parametrize("local_rank, count, index", [(0, 8, 0), (7, 8, 7), (0, 1, 0), (7, 1, 0)])
+def test_the_gpu_of_a_process(local_rank, count, index):
+    """Its own of those it sees; some launchers show each process one GPU, which has number 0 then."""
+    assert parallel.gpu_index(local_rank, count) == index
+
+
+def test_more_processes_than_gpus():
+    with pytest.raises(InputError, match="more processes than the 2 GPUs here"):
+        parallel.gpu_index(2, 2)
+
+
+def test_two_processes_on_one_gpu(monkeypatch):
+    """Of one that each process sees, it must be another one for each."""
+    def gathered(names, name):
+        names[:] = others + [name]
+
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_gather_object", gathered)
+    others = ["node 1 GPU-a"]
+    parallel.check_own_gpu("node 1 GPU-b")
+    with pytest.raises(InputError, match="2 processes share one GPU .node 1 GPU-a.; lower --nproc_per_node"):
+        parallel.check_own_gpu("node 1 GPU-a")
+
+
+# ------------------------------------------------------------------------------ sequences
 
 def test_what_cannot_be_shared(world, monkeypatch):
     with pytest.raises(InputError, match="--sp 2 does not divide the 1 processes"):
@@ -122,7 +244,7 @@ def test_tokens_are_split_with_padding(monkeypatch):
     x, parts, real = torch.arange(1.0, 6).view(1, 5, 1).expand(2, 5, 3), [], []
     monkeypatch.setattr(sequence, "size", lambda: 4)
     for rank in range(4):
-        monkeypatch.setattr(sequence, "rank", lambda: rank)
+        monkeypatch.setattr(sequence, "rank", lambda rank=rank: rank)
         parts.append(sequence.split(x))
         real.append(sequence.present(5, "cpu"))
     assert [part.shape for part in parts] == [(2, 2, 3)] * 4
@@ -131,103 +253,83 @@ def test_tokens_are_split_with_padding(monkeypatch):
     assert torch.cat(real).tolist() == [True] * 5 + [False] * 3
 
 
-# ---------------------------------------------------------------------------------------------- memory and speed
+# ------------------------------------------------------------------------------ memory and speed
 
-def test_offloaded_inputs_and_saved_attention_change_nothing(world, monkeypatch):
-    """Each block's input goes away once and comes back once; buffers are used again; what is saved is not computed twice."""
+def test_offloaded_inputs_and_saved_attention_change_nothing(quick, monkeypatch):
+    """Each block's input goes away and comes back once; buffers are reused; saved results are not computed
+    twice."""
     offloads, init = [], memory.Offload.__init__
-    monkeypatch.setattr(memory.Offload, "__init__", lambda self, device: offloads.append(self) or init(self, device))
-    plain = numbers(run(train_prfl, "plain", "--steps", "2"))
+
+    def spy(self, device):
+        offloads.append(self)
+        init(self, device)
+
+    monkeypatch.setattr(memory.Offload, "__init__", spy)
+    flags = ["--steps", "2", "--accumulation", "1", "--solver_steps", "4"]
+    plain = numbers(run(train_prfl, "plain", *flags))
     counts = {}
-    cases = {"checkpointed": [], "offloaded": ["--offload", "inputs", "weights"], "attention": ["--save_attention"]}
-    for name, flags in cases.items():
+    cases = {"checkpointed": [],
+             "offloaded": ["--offload", "inputs", "weights"],
+             "attention": ["--save_attention"]}
+    for name, more in cases.items():
         with Calls("_scaled_dot_product") as counted:
-            assert numbers(run(train_prfl, name, "--steps", "2", "--checkpoint_blocks", *flags)) == plain
+            log = run(train_prfl, name, *flags, "--activation_checkpointing", *more)
+        assert numbers(log) == plain, name
         counts[name] = counted.backward
     assert counts["offloaded"] == counts["checkpointed"] > 0 and counts["attention"] == 0
     (offload,) = offloads
-    assert not offload.away and sum(map(len, offload.free.values())) == 5  # policy's three blocks and PAVRM's two
+    assert not offload.away
+    assert sum(map(len, offload.free.values())) == 5  # policy's three blocks and PAVRM's two
 
 
 def test_an_offloaded_input_leaves_the_device():
     """Nothing keeps it but the copy: not the hooks, nor autograd."""
-    run_block = memory.block_runner(train_prfl.parse_args(["--checkpoint_blocks", "--offload", "inputs"]), torch.device("cpu"))
+    args = train_prfl.parse_args(["--activation_checkpointing", "--offload", "inputs"])
+    run_block = memory.block_runner(args, torch.device("cpu"))
     layers, alive = [torch.nn.Linear(8, 8) for _ in range(4)], []
     x = torch.ones(2, 8, requires_grad=True) * 1
     for layer in layers:
         alive.append(weakref.ref(x))
         x = run_block(layer, x)
-    assert [each() is None for each in alive] == [True] * 4  # but for the last one, detached: backward begins with it
+    assert [each() is None for each in alive] == [True] * 4
     x.sum().backward()
     assert all(layer.weight.grad is not None for layer in layers)
 
 
-class Calls(TorchDispatchMode):
-    """Counts the calls of operators of a name: in all, and of forward operators during backward."""
-
-    def __init__(self, name):
-        super().__init__()
-        self.name, self.all, self.backward = name, 0, 0
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        if self.name in str(op) and "backward" not in str(op):
-            self.all += 1
-            self.backward += torch._C._current_autograd_node() is not None
-        return op(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("flags", [[], pytest.param(["--lora_rank", "4"], marks=pytest.mark.full),
                                    pytest.param(["--compute_dtype", "bf16"], marks=pytest.mark.full)])
-def test_at_most_three_graphs_and_none_after_the_second_step(world, monkeypatch, flags):
-    """Counted with a backend that runs them as they are: the policy with and without gradient, and the reward model."""
-    counter, compiled, after = CompileCounter(), torch.compile, []
-    monkeypatch.setattr(torch, "compile", lambda function, **options: compiled(function, backend=counter, **options))
-    check = records.Checkpoints.check_finite
-    monkeypatch.setattr(records.Checkpoints, "check_finite", lambda *inputs: after.append(counter.frame_count) or check(*inputs))
-    flags = [*flags, "--steps", "4", "--accumulation", "1", "--k", "1"]
+def test_at_most_three_graphs_and_none_after_the_second_step(quick, monkeypatch, flags):
+    """The policy with and without gradient, and the reward model; the backend counts them and runs them as
+    they are."""
+    counter, after = CompileCounter(), []
+    compiled, check = torch.compile, records.Checkpoints.check_finite
+
+    def spy(*inputs):
+        after.append(counter.frame_count)
+        return check(*inputs)
+
+    monkeypatch.setattr(torch, "compile", partial(compiled, backend=counter))
+    monkeypatch.setattr(records.Checkpoints, "check_finite", spy)
+    flags = [*flags, "--steps", "3", "--accumulation", "1", "--k", "1"]
     plain = numbers(run(train_prfl, "plain", *flags))
     torch._dynamo.reset()
     after.clear()
-    compiled_log = numbers(run(train_prfl, "compiled", *flags, "--compile", "--checkpoint_blocks"))
-    assert 2 <= counter.frame_count <= 3 and after[3] == after[-1] == counter.frame_count  # two checks a step
-    for a, b in zip(plain, compiled_log):
+    compiled_log = numbers(run(train_prfl, "compiled", *flags, "--compile", "--activation_checkpointing"))
+    assert 2 <= counter.frame_count <= 3
+    assert after[3] == after[-1] == counter.frame_count and len(after) == 6  # two checks per step
+    for a, b in zip(plain, compiled_log, strict=True):
         assert b.pop("k") == a.pop("k") and b == pytest.approx(a, rel=0.02 if "bf16" in flags else 1e-3)
-
-
-def test_the_rollout_waits_for_nothing(world):
-    """No value is read back from the device, so that the CPU runs ahead of it."""
-    policy, pavrm = tiny(), fill_pavrm(tiny().config, 2, 3, 4)
-    texts = [draw((5, 8), 30)]
-    inputs = (lambda x, t: policy(x, t, texts), lambda x, t: pavrm(x, t, texts), UniPC(6, 5.0), draw((1, 16, 2, 4, 4), 5), [3])
-    with Calls("_local_scalar_dense") as counted:
-        (_, _, logit, _), = train_prfl.rewarded_steps(*inputs)
-        assert counted.all == 0
-        logit.item()
-    assert counted.all == 1
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_the_rollout_waits_for_nothing_on_cuda():
-    policy = tiny().cuda()
-    texts, x, t = [draw((5, 8), 30).cuda()], draw((1, 16, 2, 4, 4), 5).cuda(), torch.full((1,), 500.0, device="cuda")
-    with torch.no_grad():
-        policy(x, t, texts)  # makes the rotary table
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            walk(lambda x, t: policy(x, t, texts), x, UniPC(6, 5.0), 0, 3)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_weights_stay_gathered_during_a_rollout(world):
     parallel.start()
     with torch.device("meta"):
         policy = WanModel(TINY)
-    parallel.shard(policy, policy.blocks, [policy.time_embedding, policy.time_projection, policy.head], torch.device("cpu"),
-                   train_prfl.parse_args([]))
+    parallel.shard(policy, policy.blocks, [policy.time_embedding, policy.time_projection, policy.head],
+                   torch.device("cpu"), train_prfl.parse_args([]))
     policy.to_empty(device="cpu")
     fill_({name: tensor.to_local() for name, tensor in policy.state_dict().items()}, 0)
-    x, inputs, results = draw((1, 16, 2, 4, 4), 1), dict(t=torch.tensor([500.0]), context=[draw((3, 8), 2)]), []
+    x, inputs, results = draw((1, *SHAPE), 1), dict(t=torch.tensor([500.0]), context=[draw((3, 8), 2)]), []
 
     def sharded():
         return all(isinstance(parameter, DTensor) for parameter in policy.blocks.parameters())
@@ -241,24 +343,107 @@ def test_weights_stay_gathered_during_a_rollout(world):
     assert all(torch.equal(result, results[0]) and not result.requires_grad for result in results)
 
 
-@pytest.mark.parametrize("flags", [[], ["--bf16_residual"]])
-def test_bf16_compute_stays_near_float32(world, flags):
-    exact = steps(run(train_prfl, "exact", "--steps", "3"))
-    rough = steps(run(train_prfl, "rough", "--steps", "3", "--compute_dtype", "bf16", *flags))
-    for name in ("sft_loss", "reward_loss", "reward"):
-        assert [line[name] for line in rough] == pytest.approx([line[name] for line in exact], rel=0.02)
-    assert [line["sft_loss"] for line in rough] != [line["sft_loss"] for line in exact]
+@pytest.mark.parametrize("flags, kind, memory, gathers", [
+    ([], "cuda", 41e6, True),
+    ([], "cuda", 39e6, False),                                   # they would take more than a quarter
+    (["--offload", "weights"], "cuda", 41e6, False),
+    (["--dp_replicate", "2"], "cuda", 41e6, False),              # each rank has all weights anyway
+    (["--compute_dtype", "float32"], "cuda", 41e6, False),
+    ([], "cpu", 0, True)])
+def test_weights_stay_gathered_where_there_is_memory(monkeypatch, flags, kind, memory, gathers):
+    """Ten megabytes of weights in bf16, on two processes: up to a quarter of the GPU's memory."""
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    gpu = SimpleNamespace(total_memory=memory)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    model = torch.nn.Linear(5_000_000, 1, bias=False, device="meta")
+    assert parallel.gathers(train_prfl.parse_args(flags), model, torch.device(kind)) == gathers
 
 
-def test_what_is_kept_in_bf16(world, monkeypatch):
-    """Frozen weights are, trained ones are not, nor are heads and time embedding, nor anything that is saved."""
-    models, shard = [], parallel.shard
-    monkeypatch.setattr(parallel, "shard", lambda model, *rest: models.append(model) or shard(model, *rest))
-    for flags in ([], ["--lora_rank", "4", "--checkpoint_blocks"]):
-        run(train_prfl, f"run{len(flags)}", "--steps", "1", "--compute_dtype", "bf16", *flags)
-        assert {tensor.dtype for tensor in load_file(f"run{len(flags)}/model/diffusion_pytorch_model.safetensors").values()} == {torch.float32}
-    full, pavrm, adapted, _ = ({name: parameter.dtype for name, parameter in model.named_parameters()} for model in models)
+# ------------------------------------------------------------------------------ precision
+
+def test_bf16_compute_stays_near_float32(quick):
+    exact = steps(run(train_prfl, "exact", "--steps", "2"))
+    for name, flags in [("rough", []), ("rougher", ["--bf16_residual"])]:
+        rough = steps(run(train_prfl, name, "--steps", "2", "--compute_dtype", "bf16", *flags))
+        for value in ("sft_loss", "reward_loss", "reward"):
+            assert [line[value] for line in rough] == pytest.approx([line[value] for line in exact], rel=0.02)
+        assert [line["sft_loss"] for line in rough] != [line["sft_loss"] for line in exact]
+
+
+def test_what_is_kept_in_bf16(quick, monkeypatch):
+    """Frozen weights are; trained ones, heads and time embedding are not, nor anything that is saved."""
+    dtypes = []
+    for name, flags in [("full", []), ("lora", ["--lora_rank", "4", "--activation_checkpointing"])]:
+        flags = ["--steps", "1", "--compute_dtype", "bf16", *flags]
+        _, models, _ = watched(monkeypatch, train_prfl, name, *flags)
+        for model in models:
+            dtypes.append({name: parameter.dtype for name, parameter in model.named_parameters()})
+        assert {tensor.dtype for tensor in weights_of(f"{name}/model").values()} == {torch.float32}
+    full, pavrm, adapted, _ = dtypes
     assert set(full.values()) == {torch.float32}
     assert pavrm["dit.blocks.0.ffn.0.weight"] == pavrm["dit.patch_embedding.weight"] == torch.bfloat16
-    assert pavrm["mlp.fc1.weight"] == pavrm["dit.time_embedding.0.weight"] == pavrm["query_attention.queries"] == torch.float32
-    assert adapted["blocks.0.self_attn.q.weight"] == torch.bfloat16 and adapted["blocks.0.self_attn.q.lora_A.weight"] == torch.float32
+    assert pavrm["mlp.fc1.weight"] == pavrm["dit.time_embedding.0.weight"] == torch.float32
+    assert pavrm["query_attention.queries"] == torch.float32
+    assert adapted["blocks.0.self_attn.q.weight"] == torch.bfloat16
+    assert adapted["blocks.0.self_attn.q.lora_A.weight"] == torch.float32
+
+
+@pytest.mark.skipif(not HAS_CUDA, reason="needs a CUDA GPU")
+@pytest.mark.parametrize("script", [train_pavrm, train_prfl])
+def test_training_on_cuda_in_bf16_stays_near_the_cpu(world, script, monkeypatch):
+    on_cpu = steps(run(script, "cpu", "--steps", "3"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    on_gpu = steps(run(script, "gpu", "--steps", "3", "--activation_checkpointing"))
+    for a, b in zip(on_gpu, on_cpu, strict=True):
+        losses = [name for name in a if "loss" in name and "by_timestep" not in name]
+        assert [a[name] for name in losses] == pytest.approx([b[name] for name in losses], rel=0.1)
+
+
+# ------------------------------------------------------------------------------ learning rates, draws
+
+def test_learning_rates_by_hand():
+    def factors(schedule, warmup):
+        args = SimpleNamespace(lr_schedule=schedule, warmup=warmup, steps=6)
+        return [parallel.learning_rate_factor(step, args) for step in range(6)]
+
+    assert factors("constant", 0) == [1] * 6
+    assert factors("constant", 4) == [0.25, 0.5, 0.75, 1, 1, 1]
+    assert factors("linear", 2) == pytest.approx([0.5, 1, 1, 0.75, 0.5, 0.25])
+    assert factors("cosine", 0) == pytest.approx([(1 + math.cos(math.pi * i / 6)) / 2 for i in range(6)])
+    assert factors("cosine", 3) == pytest.approx([1 / 3, 2 / 3, 1, 1, 0.75, 0.25])
+    assert factors("linear", 8) == pytest.approx([(i + 1) / 8 for i in range(6)])  # a warm-up that never ends
+
+
+@pytest.mark.parametrize("script", [train_pavrm, train_prfl])
+def test_the_learning_rate_in_the_log(world, monkeypatch, script):
+    """It is the optimizer's, and advances once per step, whatever the number of updates; heads keep their
+    ratio."""
+    seen, step = [], torch.optim.AdamW.step
+
+    def spy(self, *rest):
+        seen.append([group["lr"] for group in self.param_groups])
+        return step(self, *rest)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    flags = ["--steps", "4", "--lr", "1e-3", "--warmup", "2", "--lr_schedule", "linear"]
+    if script is train_pavrm:
+        flags += ["--head_lr", "3e-3"]
+    else:
+        flags += ["--solver_steps", "2", "--accumulation", "1"]
+    log = steps(run(script, "run", *flags))
+    expected = [0.5e-3, 1e-3, 1e-3, 0.5e-3]
+    assert [line["lr"] for line in log] == pytest.approx(expected)
+    if script is train_pavrm:
+        assert seen[-4:] == [pytest.approx([lr, 3 * lr]) for lr in expected]
+    else:
+        assert seen[-8:] == [[pytest.approx(lr)] for lr in expected for _ in ("sft", "reward")]
+    # A schedule that falls to 0 has its end.
+    with pytest.raises(InputError, match="--resume with another --steps"):
+        run(script, "run", *flags, "--steps", "8", "--resume")
+
+
+def test_random_draws_depend_on_their_key_alone():
+    assert torch.equal(parallel.noise((3,), 0, 1, 2, "noise"), parallel.noise((3,), 0, 1, 2, "noise"))
+    draws = [parallel.uniform(seed, step, "k") for seed in range(20) for step in range(50)]
+    assert len(set(draws)) == 1000 and abs(sum(draws) / 1000 - 0.5) < 0.05 and min(draws) < 0.01

@@ -1,4 +1,4 @@
-"""Pictures show what the logs and scores hold; what is no log gets a sentence."""
+"""Pictures show what logs and scores hold; other files get a sentence."""
 import json
 import os
 import sys
@@ -29,18 +29,20 @@ def write_log(directory, rows, torn=""):
 
 
 def prfl_step(step):
-    return {"step": step, "sft_loss": 0.3, "sft_norm": 0.5, "reward_loss": 0.15, "reward": 0.5 + step / 100, "reward_norm": 0.1,
-            "k": [step % 4, 2], "lr": 1e-5, "seconds": 0.5, "gigabytes": 1.5}
+    return {"step": step, "sft_loss": 0.3, "sft_norm": 0.5, "reward_loss": 0.15, "reward": 0.5 + step / 100,
+            "reward_norm": 0.1, "k": [step % 4, 2], "lr": 1e-5, "seconds": 0.5, "gigabytes": 1.5}
 
 
 def prfl_evaluation(step):
-    return {"step": step, "evaluation": {"reward": 0.5 + step / 100, "saturated": 0.1, "velocity_distance": step / 100,
-                                         "motion_energy": 0.04 - step / 1000, "contrast": 0.2, "saturation": 0.4}}
+    evaluation = {"reward": 0.5 + step / 100, "saturated": 0.1, "velocity_distance": step / 100,
+                  "motion_energy": 0.04 - step / 1000, "contrast": 0.2, "saturation": 0.4}
+    return {"step": step, "evaluation": evaluation}
 
 
 def pavrm_step(step):
-    return {"step": step, "loss": 0.7 - step / 100, "accuracy": 0.5, "norm": 1.0, "lr": 1e-5, "seconds": 0.5, "gigabytes": 1.5,
-            "loss_by_timestep": {"0-200": 0.5} if step % 2 else {"200-400": 0.6, "800-1000": 0.7}}
+    by_timestep = {"0-200": 0.5} if step % 2 else {"200-400": 0.6, "800-1000": 0.7}
+    return {"step": step, "loss": 0.7 - step / 100, "accuracy": 0.5, "norm": 1.0, "lr": 1e-5, "seconds": 0.5,
+            "gigabytes": 1.5, "loss_by_timestep": by_timestep}
 
 
 def measures(**others):
@@ -48,14 +50,16 @@ def measures(**others):
 
 
 def written_scores(directory, clips, **others):
-    content = {"reward_model": "r", "timesteps": [200, 800], "scores": [
-        {"name": f"_{i}$.mp4", "prompt": "p", "reward": i / clips, "rewards": {"motion_quality": [i / clips, 0.5]}}
-        for i in range(clips)], **others}
+    scores = []
+    for i in range(clips):
+        rewards = {"motion_quality": [i / clips, 0.5]}
+        scores.append({"name": f"_{i}$.mp4", "prompt": "p", "reward": i / clips, "rewards": rewards})
+    content = {"reward_model": "r", "timesteps": [200, 800], "scores": scores, **others}
     (directory / "scores.json").write_text(json.dumps(content))
     return directory / "scores.json"
 
 
-# ---------------------------------------------------------------------------------------------- pictures
+# ------------------------------------------------------------------------------ pictures
 
 def test_prfl(tmp_path, matplotlib, capsys):
     rows = [prfl_evaluation(0), *map(prfl_step, range(1, 21)), prfl_evaluation(20)]
@@ -75,6 +79,20 @@ def test_frames_are_relative_to_the_start():
         "motion energy": [1, 0.5], "contrast": [1, 1], "colour saturation": [1, 1]}
 
 
+@pytest.mark.parametrize("val, title", [("clips/val.jsonl", "held-out reward"), (None, "reward of samples"),
+                                        ("no run.json", "reward of samples")])
+def test_samples_are_held_out_only_if_the_run_had_val(tmp_path, monkeypatch, val, title):
+    run = write_log(tmp_path / "run", [prfl_evaluation(0)])
+    if val != "no run.json":
+        (run / "run.json").write_text(json.dumps({"arguments": {"data": "clips/train.jsonl", "val": val}}))
+    drawn = []
+    monkeypatch.setattr(plot, "grid", lambda path, title, panels, **_: drawn.extend(panels))
+    plot.draw(run)
+    titles = [options["title"] for lines, _, _, options in drawn if lines]
+    assert title in titles
+    assert any("held" in name for name in titles) == (title == "held-out reward")
+
+
 def test_panels_without_data_are_left_out(tmp_path, matplotlib):
     steps = [{"step": n, "sft_loss": 0.3 / n, "sft_norm": 0.5} for n in range(1, 4)]
     path = plot.draw(write_log(tmp_path / "sft", steps))
@@ -90,15 +108,18 @@ def test_a_run_that_has_just_begun(tmp_path, matplotlib):
 @pytest.mark.parametrize("others", [{"accuracy": 0.8, "ece": 0.05}, {"pair_accuracy": 0.8}])
 def test_pavrm(tmp_path, matplotlib, others):
     evaluation = {"motion_quality": measures(**others), "physics_quality": measures(**others)}
-    rows = [*map(pavrm_step, range(1, 21)), {"step": 10, "evaluation": evaluation}, {"step": 20, "evaluation": evaluation}]
+    rows = [*map(pavrm_step, range(1, 21)), {"step": 10, "evaluation": evaluation},
+            {"step": 20, "evaluation": evaluation}]
     found = colours(plot.draw(write_log(tmp_path / "run", rows)))
-    assert found[plot.RED] > 100 and found[plot.ORANGE] > 100  # the loss, and the second label; it covers the first
+    # The loss, and the second label, which covers the first.
+    assert found[plot.RED] > 100 and found[plot.ORANGE] > 100
 
 
 def test_held_out_means_pass_over_what_is_not_measured():
     rows = [{"step": 10, "evaluation": {"motion_quality": measures(accuracy=0.8)}}]
     panels = {options["title"]: lines for lines, _, _, options in plot.pavrm([], rows)}
-    assert [(list(x), list(np.round(y, 6)), style["label"]) for x, y, style in panels["held out, mean over timesteps"]] == [
+    means = panels["held out, mean over timesteps"]
+    assert [(list(x), list(np.round(y, 6)), style["label"]) for x, y, style in means] == [
         ([10], [0.8], "motion_quality: accuracy"), ([10], [0.4], "motion_quality: loss")]
     assert [list(x) for x, _, _ in panels["held-out AUC"]] == [[201, 600]]
 
@@ -121,7 +142,8 @@ def test_scores_without_measures(tmp_path, matplotlib):
 
 
 def test_reward_models_are_compared(tmp_path, matplotlib):
-    plot.by_timestep({"8 blocks": measures(), "4 blocks": {201: {"auc": 0.7}, 600: {"auc": 0.6}}}, tmp_path / "a.png")
+    runs = {"8 blocks": measures(), "4 blocks": {201: {"auc": 0.7}, 600: {"auc": 0.6}}}
+    plot.by_timestep(runs, tmp_path / "a.png")
     found = colours(tmp_path / "a.png")
     assert found[plot.BLUE] > 100 and found[plot.ORANGE] > 100 and not found[plot.GREEN]
     with pytest.raises(InputError, match="nothing to draw for .*b.png"):
@@ -130,33 +152,36 @@ def test_reward_models_are_compared(tmp_path, matplotlib):
 
 
 def test_methods_are_compared(tmp_path, matplotlib):
-    plot.bars({"before": {"reward": (0.2, 0.02), "good motion": (0.3, None)}, "PRFL": {"reward": (0.8, 0.02)}},
-              tmp_path / "bars.png", "tiny world")
+    rows = {"before": {"reward": (0.2, 0.02), "good motion": (0.3, None)}, "PRFL": {"reward": (0.8, 0.02)}}
+    plot.bars(rows, tmp_path / "bars.png", "tiny world")
     found = colours(tmp_path / "bars.png")
     assert found[plot.ORANGE] > 1.2 * found[plot.BLUE] > 1000  # 0.8 against 0.2 + 0.3, and a legend
 
 
 def test_the_running_mean():
-    rows = [{"step": n, "loss": value} for n, value in enumerate([*[1.0] * 20, *[3.0] * 20, None, float("nan")])]
+    losses = [*[1.0] * 20, *[3.0] * 20, None, float("nan")]
+    rows = [{"step": n, "loss": loss} for n, loss in enumerate(losses)]
     raw, (x, running, _) = plot.noisy(rows, ("loss", "loss", plot.RED))
     assert len(raw[0]) == len(x) == 40
     assert (running[:10] == 1).all() and (running[-10:] == 3).all() and 1 < running[20] < 3
 
 
-# ---------------------------------------------------------------------------------------------- wrong input
+# ------------------------------------------------------------------------------ wrong input
 
 @pytest.mark.parametrize("name, content, message", [
     ("log.jsonl", b"", "log.jsonl is empty"),
-    ("log.jsonl", b'{"step": 1, "sft', "log.jsonl is no log of a training run: line 1"),
+    ("log.jsonl", b'{"step": 1, "sft', "log.jsonl is not the log of a training run: line 1"),
     ("log.jsonl", b'{"step": 1}\n{"st\n{"step": 3}\n', "line 2 is not JSON with a step"),
     ("log.jsonl", b'{"step": 1, "lr": 0.1}\n', "nothing to draw"),
-    ("log.jsonl", b'{"step": 1, "evaluation": {"201": {"accuracy": 0.5}}}\n', "log.jsonl has not the form"),
-    ("clip.mp4", b"\x00\xff\xfe\n\x80", "clip.mp4 is no log of a training run"),
-    ("scores.json", b"[1]", "scores.json has not the form"),
-    ("scores.json", b'{"reward_model": "r", "timesteps": [1], "scores": []}', "scores.json has not the form"),
+    ("log.jsonl", b'{"step": 1, "evaluation": {"201": {"accuracy": 0.5}}}\n',
+     "log.jsonl does not have the form"),
+    ("clip.mp4", b"\x00\xff\xfe\n\x80", "clip.mp4 is not the log of a training run"),
+    ("scores.json", b"[1]", "scores.json does not have the form"),
+    ("scores.json", b'{"reward_model": "r", "timesteps": [1], "scores": []}',
+     "scores.json does not have the form"),
     ("scores.json", b"{", "scores.json is not valid JSON"),
 ])
-def test_what_is_no_log_or_scores(tmp_path, name, content, message):
+def test_neither_a_log_nor_scores(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=message):
         plot.main([str(tmp_path / name)])

@@ -1,36 +1,152 @@
-"""What a run survives and how it stops: kills, signals, numbers that are not finite, a second run in its directory."""
+"""How a run stops and goes on: resuming, checkpoints, signals, a full disk, numbers that are not finite.
+
+Kills at random moments are in tools/test_crash.py.
+"""
 import fcntl
 import os
 import shlex
+import shutil
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.filesystem import FileSystem
 
-import crash
-import data
 import files
 import parallel
 import records
 import train_pavrm
 import train_prfl
+from clips import Order
 from files import InputError
-from test_train import flags_of, numbers, run, world  # noqa: F401 (world is a fixture)
 from testdata.golden import draw
+from testdata.helpers import SHAPE, flags_of, numbers, read_log, run, steps, tiny
+
+SFT = ["--phases", "sft", "--accumulation", "1"]  # the cheapest run
 
 
+# ------------------------------------------------------------------------------ resuming
 
-def test_a_killed_run_loses_nothing(tmp_path, monkeypatch):
-    """The short form of crash.py: a kill at a random moment, resumed bit for bit."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert crash.crash(kills=1, steps=6, reshard=False) == 1
+@pytest.mark.parametrize("script, flags, results", [
+    (train_pavrm, [], ["reward/pavrm.safetensors"]),
+    (train_prfl, ["--solver_steps", "4"], ["model/diffusion_pytorch_model.safetensors"]),
+    (train_pavrm, ["--lora_rank", "2", "--ema", "0.8", "--accumulation", "2"], ["reward/pavrm.safetensors"]),
+    (train_prfl, ["--lora_rank", "2", "--ema", "0.8", "--kl_weight", "1", "--solver_steps", "3",
+                  "--accumulation", "1", "--warmup", "3"],
+     ["model/diffusion_pytorch_model.safetensors", "adapter.safetensors",
+      "model_ema/diffusion_pytorch_model.safetensors", "adapter_ema.safetensors"])],
+    ids=["pavrm", "prfl", "pavrm_adapters_average", "prfl_adapters_average"])
+def test_resume_is_exact(world, script, flags, results):
+    whole = run(script, "whole", *flags, "--steps", "3")
+    run(script, "parts", *flags, "--steps", "2", "--save_every", "1")
+    shutil.rmtree("parts/checkpoints/step_000002")  # as if killed before it: step 2 is done again
+    with open("parts/log.jsonl", "a") as file:
+        file.write('{"step": 3, "lo')  # a line torn by the kill
+    parts = run(script, "parts", *flags, "--steps", "3", "--resume")
+    assert [line["step"] for line in steps(parts)] == [1, 2, 3]
+    assert numbers(parts)[-1] == numbers(whole)[-1] and numbers(steps(parts)) == numbers(steps(whole))
+    for result in results:
+        assert Path("parts", result).read_bytes() == Path("whole", result).read_bytes(), result
+    assert sorted(records.checkpoints("parts")) == [1, 3] and sorted(records.checkpoints("whole")) == [3]
 
+
+def test_resuming_as_another_run_is_refused(world):
+    flags = [*SFT, "--lora_rank", "2", "--ema", "0.8"]
+    run(train_prfl, "run", "--steps", "1", *flags)
+    with pytest.raises(InputError, match="--resume with another --lr than"):
+        run(train_prfl, "run", "--steps", "2", *flags, "--lr", "1e-2", "--resume")
+    with pytest.raises(InputError, match="--resume with another --lora_rank and --ema than"):
+        run(train_prfl, "run", "--steps", "2", *flags, "--lora_rank", "4", "--ema", "0.5", "--resume")
+
+
+def test_a_run_of_an_earlier_version_is_not_resumed(world):
+    """Its run.json has flags of other names; what they would be now is not guessed."""
+    run(train_prfl, "run", "--steps", "1", *SFT)
+    record = files.read_json("run/run.json")
+    record["arguments"]["rollout_steps"] = record["arguments"].pop("solver_steps")
+    files.write_json("run/run.json", record)
+    message = "run.json was written by another version .*--rollout_steps, --solver_steps.* start a new one"
+    with pytest.raises(InputError, match=message):
+        run(train_prfl, "run", "--steps", "2", *SFT, "--resume")
+    assert read_log("run")[-1]["step"] == 1 and sorted(records.checkpoints("run")) == [1]
+
+
+def test_memory_and_mesh_may_change_on_resuming(world):
+    flags = ["--solver_steps", "3", "--accumulation", "1"]
+    whole = run(train_prfl, "whole", *flags, "--steps", "3")
+    run(train_prfl, "run", *flags, "--steps", "2")
+    changed = ["--activation_checkpointing", "--keep_checkpoints", "5", "--offload", "inputs"]
+    assert numbers(run(train_prfl, "run", *flags, "--steps", "3", "--resume", *changed)) == numbers(whole)
+    with pytest.raises(InputError, match="--resume with another --bf16_residual"):
+        run(train_prfl, "run", *flags, "--steps", "4", "--resume", "--bf16_residual")
+
+
+def test_a_run_is_not_overwritten(world):
+    run(train_prfl, "run", "--steps", "1", *SFT)
+    with pytest.raises(InputError, match="already holds a run"):
+        run(train_prfl, "run", "--steps", "1")
+    with pytest.raises(InputError, match="no complete checkpoint to resume"):
+        run(train_prfl, "other", "--resume")
+
+
+def test_two_runs_in_one_directory(world):
+    run(train_prfl, "run", "--steps", "1", *SFT)
+    records._lock.close()  # as its process's end would
+    with open("run/lock", "a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="run is in use by another run .*process"):
+            run(train_prfl, "run", "--steps", "2", *SFT, "--resume")
+    run(train_prfl, "run", "--steps", "2", *SFT, "--resume")
+
+
+# ------------------------------------------------------------------------------ checkpoints
+
+def test_the_newest_checkpoints_are_kept(world):
+    run(train_prfl, "run", "--steps", "4", *SFT, "--save_every", "1", "--keep_checkpoints", "3")
+    assert sorted(records.checkpoints("run")) == [2, 3, 4]
+
+
+def test_what_was_torn_is_removed(world):
+    run(train_prfl, "run", "--steps", "1", *SFT)
+    Path("run/checkpoints/.step_000002.new").mkdir()
+    run(train_prfl, "run", "--steps", "2", *SFT, "--resume")
+    assert sorted(path.name for path in Path("run/checkpoints").iterdir()) == ["step_000001", "step_000002"]
+
+
+def test_a_checkpoint_holds_what_was_when_it_was_asked_for(world):
+    """Training goes on in place while the thread writes."""
+    parallel.start()
+    args = train_prfl.parse_args(["--output", "run"])
+    layer = torch.nn.Linear(300, 300)
+    optimizer = torch.optim.AdamW(layer.parameters())
+    checkpoints = records.Checkpoints(args, layer, optimizer)
+    before = layer.weight.detach().clone()
+    checkpoints.save(1)
+    with torch.no_grad():
+        layer.weight.zero_()
+    checkpoints.finish()
+    assert checkpoints.load() == 1 and torch.equal(layer.weight, before)
+
+
+def test_a_full_disk_while_a_checkpoint_is_saved(world, monkeypatch):
+    def full(self, path, mode):
+        if mode == "wb":
+            raise OSError(28, "No space left on device")
+        return create_stream(self, path, mode)
+
+    create_stream = FileSystem.create_stream
+    run(train_prfl, "run", "--steps", "1", *SFT)
+    monkeypatch.setattr(FileSystem, "create_stream", full)
+    with pytest.raises(OSError, match="step_000002 could not be written .*No space left"):
+        run(train_prfl, "run", "--steps", "2", *SFT, "--resume")
+    assert [path.name for path in Path("run/checkpoints").iterdir()] == ["step_000001"]
+
+
+# ------------------------------------------------------------------------------ signals
 
 @pytest.mark.parametrize("script", [train_pavrm, train_prfl])
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
@@ -43,128 +159,119 @@ def test_a_signal_saves_and_ends_the_run(world, monkeypatch, script, name, capsy
             os.kill(os.getpid(), signal.Signals[name])
         return clip(*inputs)
 
-    whole = run(script, "whole", "--steps", "5")
+    flags = ["--steps", "4"]
+    if script is train_prfl:
+        flags = ["--steps", "3", "--solver_steps", "3", "--accumulation", "1"]
+    whole = run(script, "whole", *flags)
     with monkeypatch.context() as patch:
         patch.setattr(parallel, "clip_gradients", interrupted)
-        run(script, "run", "--steps", "5", "--save_every", "100")
+        run(script, "run", *flags, "--save_every", "100")
     stopped = max(records.checkpoints("run"))
-    assert stopped == {train_pavrm: 3, train_prfl: 2}[script]  # PRFL clips twice a step
-    assert f"stopped by {name} after step {stopped}; --resume goes on" in capsys.readouterr().out
+    assert stopped == {train_pavrm: 3, train_prfl: 2}[script]  # PRFL clips twice per step
+    assert f"stopped by {name} after step {stopped}; --resume" in capsys.readouterr().out
     assert not Path("run/model").exists() and not Path("run/reward").exists()
-    assert numbers(run(script, "run", "--steps", "5", "--resume")) == numbers(whole)
+    assert numbers(run(script, "run", *flags, "--resume")) == numbers(whole)
 
 
 def test_a_second_signal_ends_at_once(world, monkeypatch):
-    ended = []
+    ended, clock = [], [1000.0]
     monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.setattr(records, "time", SimpleNamespace(time=lambda: clock[0]))
     records.stop_on_signals()
     os.kill(os.getpid(), signal.SIGTERM)
+    clock[0] += 1.9
     os.kill(os.getpid(), signal.SIGTERM)  # the same one, passed on by a launcher
     assert not ended
-    now = time.time()
-    monkeypatch.setattr(time, "time", lambda: now + 3)
+    clock[0] += 0.2
     os.kill(os.getpid(), signal.SIGTERM)
     assert ended == [128 + signal.SIGTERM]
 
 
+# ------------------------------------------------------------------------------ numbers that are not finite
+
 def make_infinite(clip):
     """Finite latents whose loss is not."""
-    files.write_safetensors(f"clips/{clip}.safetensors", {"latents": 1e30 * draw((16, 2, 4, 4), 1), "text_short": draw((2, 8), 2).bfloat16(),
-                                                          "text_long": draw((5, 8), 3).bfloat16()})
+    texts = {"text_short": draw((2, 8), 2).bfloat16(), "text_long": draw((5, 8), 3).bfloat16()}
+    files.write_safetensors(f"clips/{clip}.safetensors", {"latents": 1e30 * draw(SHAPE, 1), **texts})
 
 
 @pytest.mark.parametrize("script", [train_pavrm, train_prfl])
-def test_a_loss_that_is_not_finite_names_its_clip(world, script):
+def test_a_loss_that_is_not_finite_names_its_clip(quick, script):
     make_infinite(5)
-    with pytest.raises(InputError, match=r"step \d: the gradient norm is (nan|inf) \(clip [\d ]*5[\d ]*; seed 0\).* from step 0 on: python "):
+    message = r"step \d: the gradient norm is (nan|inf) \(clip [\d ]*5[\d ]*; seed 0\).* step 0 on: python "
+    with pytest.raises(InputError, match=message):
         run(script, "run", "--steps", "8")
     assert not Path("run/model").exists()
 
 
-def test_a_reward_that_is_not_finite_names_k(world, monkeypatch):
-    """Here the reward model makes it, and only at one k."""
-    reward_loss = train_prfl.reward_loss
-    monkeypatch.setattr(train_prfl, "reward_loss", lambda *inputs: reward_loss(*inputs) * float("nan"))
-    with pytest.raises(InputError, match=r"step 1: the gradient norm is nan \(clip \d \d at k 2(; clip \d \d at k 2)?; seed 0\)"):
+def test_a_reward_that_is_not_finite_names_k(quick, monkeypatch):
+    """Here the reward makes it."""
+    reward = train_prfl.ProcessReward
+    loss = reward.loss
+    monkeypatch.setattr(reward, "loss", lambda self, scores: loss(self, scores) * float("nan"))
+    message = r"step 1: the gradient norm is nan \(clip \d \d at k 2(; clip \d \d at k 2)?; seed 0\)"
+    with pytest.raises(InputError, match=message):
         run(train_prfl, "run", "--k", "2")
 
 
-def test_the_printed_command_shows_it_again(world):
-    make_infinite(data.Order([line["shape"] for line in world], 2, 0)[2][0])  # met at the second step
-    command = [sys.executable, train_prfl.__file__, *flags_of(train_prfl, "run", "--steps", "20", "--phases", "sft", "--save_every", "1")]
-    first = subprocess.run(command, capture_output=True, text=True)
-    assert first.returncode == 1
-    said = first.stderr.strip().splitlines()[-1]
-    again = shlex.split(said.split(" on: ")[1])
-    assert again[0] == "python" and again[-1] == "--resume"
-    second = subprocess.run([sys.executable, *again[1:]], capture_output=True, text=True)
-    assert second.returncode == 1 and second.stderr.strip().splitlines()[-1].split(" on: ")[0] == said.split(" on: ")[0]
-
-
-def test_two_runs_in_one_directory(world):
-    run(train_prfl, "run", "--steps", "1", "--phases", "sft")
-    records._lock.close()  # as its process's end would
-    with open("run/lock", "a") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(InputError, match="run is in use by another run .*process"):
-            run(train_prfl, "run", "--steps", "2", "--phases", "sft", "--resume")
-    run(train_prfl, "run", "--steps", "2", "--phases", "sft", "--resume")
-
-
-def test_the_newest_checkpoints_are_kept(world):
-    run(train_prfl, "run", "--steps", "5", "--phases", "sft", "--save_every", "1", "--keep", "3")
-    assert sorted(records.checkpoints("run")) == [3, 4, 5]
-
-
-def test_what_was_torn_is_removed(world):
-    run(train_prfl, "run", "--steps", "1", "--phases", "sft")
-    Path("run/checkpoints/.step_000002.new").mkdir()
-    run(train_prfl, "run", "--steps", "2", "--phases", "sft", "--resume")
-    assert sorted(path.name for path in Path("run/checkpoints").iterdir()) == ["step_000001", "step_000002"]
-
-
-def test_a_checkpoint_holds_what_was_when_it_was_asked_for(world):
-    """Training goes on in place while the thread writes."""
-    parallel.start()
-    try:
-        args = train_prfl.parse_args(["--output", "run"])
-        layer = torch.nn.Linear(300, 300)
-        optimizer = torch.optim.AdamW(layer.parameters())
-        checkpoints = records.Checkpoints(args, layer, optimizer)
-        before = layer.weight.detach().clone()
-        checkpoints.save(1)
-        with torch.no_grad():
-            layer.weight.zero_()
-        checkpoints.finish()
-        assert checkpoints.load() == 1 and torch.equal(layer.weight, before)
-    finally:
+def test_the_printed_command_shows_it_again(world, monkeypatch):
+    make_infinite(Order([SHAPE] * 8, 2, 0)[1][0])  # met at the second step
+    flags = flags_of(train_prfl, "run", "--steps", "20", *SFT, "--save_every", "1")
+    said = []
+    for _ in range(2):
+        monkeypatch.setattr(sys, "argv", [train_prfl.__file__, *flags])
+        with pytest.raises(InputError) as error:
+            train_prfl.main()
         dist.destroy_process_group()
+        sentence, again = str(error.value).split(" on: ")
+        python, script, *flags = shlex.split(again)
+        assert (python, script, flags[-1]) == ("python", train_prfl.__file__, "--resume")
+        said.append(sentence)
+    assert said[0] == said[1] and said[0].startswith("step 2: ")
 
 
-def test_memory_and_mesh_may_change_on_resuming(world):
-    whole = run(train_prfl, "whole", "--steps", "3")
-    run(train_prfl, "run", "--steps", "2")
-    assert numbers(run(train_prfl, "run", "--steps", "3", "--resume", "--checkpoint_blocks", "--keep", "5", "--offload", "inputs")) == numbers(whole)
-    with pytest.raises(InputError, match="--resume with another --bf16_residual"):
-        run(train_prfl, "run", "--steps", "4", "--resume", "--bf16_residual")
+# ------------------------------------------------------------------------------ impossible values, the log
+
+@pytest.mark.parametrize("flags, message", [
+    (["--steps", "0"], "--steps 0 is not possible; give 1 or more"),
+    (["--accumulation", "0"], "--accumulation 0 is not possible; give 1 or more"),
+    (["--ema", "1.5"], "--ema 1.5 is not possible; give 0 to 1"),
+    (["--ema", "-0.1"], "--ema -0.1 is not possible"),
+    (["--lora_rank", "-1"], "--lora_rank -1 is not possible"),
+    (["--save_attention"], "--save_attention needs --activation_checkpointing"),
+    (["--offload", "inputs"], "--offload inputs needs --activation_checkpointing"),
+    (["--save_attention", "--activation_checkpointing", "--compile"], "leave it or --compile out")])
+def test_impossible_values_are_refused(world, flags, message):
+    with pytest.raises(InputError, match=message):
+        run(train_prfl, "run", *flags)
+    assert not Path("run").exists()
 
 
-def test_clips_are_read_ahead():
-    seen = []
-    reading = data.ahead(lambda item: seen.append(item) or -item, iter([1, 2, 3]))
-    assert next(reading) == (1, -1)
-    assert next(reading) == (2, -2) and seen[:2] == [1, 2]  # 3 is on its way
-    assert list(reading) == [(3, -3)] and seen == [1, 2, 3]
-    with pytest.raises(InputError, match="no such clip"):
-        list(data.ahead(lambda item: (_ for _ in ()).throw(InputError("no such clip")), [1]))
+def test_what_a_run_says_of_itself(world):
+    run(train_prfl, "run", "--steps", "1", *SFT, "--seed", "3")
+    record = files.read_json("run/run.json")
+    assert set(record) == {"arguments", "commit", "torch", "processes", "device"}
+    assert (record["arguments"]["seed"], record["processes"], record["device"]) == (3, 1, "cpu")
 
 
-def test_videos_are_written_later(world):
+def test_how_processes_are_used_is_described(monkeypatch):
+    """In the log's first line: processes, what they share, and the attention that PyTorch takes."""
+    args = train_prfl.parse_args(["--dp_replicate", "2"])
+    monkeypatch.setattr(dist, "get_world_size", lambda: 1)
+    assert records.describe(args, tiny(), torch.device("cpu")) == "1 process on cpu, flash attention"
+    monkeypatch.setattr(dist, "get_world_size", lambda: 8)
+    monkeypatch.setattr("sequence.size", lambda: 2)
+    said = records.describe(args, tiny(), torch.device("cpu"))
+    assert said.startswith("8 processes (copies of the weights: 2, processes per clip: 2) on cpu, ")
+
+
+def test_videos_are_written_later():
     log = object.__new__(records.Log)
     log.thread, log.writing = records.ThreadPoolExecutor(1), []
-    log.later(Path("a.txt").write_text, "a")
+    written = []
+    log.later(written.append, "a")
     log.finish()
-    assert Path("a.txt").read_text() == "a"
-    log.later(Path("nowhere/a.txt").write_text, "a")
+    assert written == ["a"]
+    log.later(Path("/nowhere/a.txt").write_text, "a")
     with pytest.raises(OSError):
         log.finish()

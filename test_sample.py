@@ -1,9 +1,10 @@
-"""Sampling with tiny random models of every kind: the files written, the walk by hand, the condition, the choice between
-seeds, folders of clips, what is refused."""
+"""Sampling with tiny random models of every kind: the files written, the walk by hand, the condition, the
+choice between seeds, directories of clips, what is refused."""
+import gc
 import json
 import subprocess
 import sys
-from pathlib import Path
+import weakref
 from types import SimpleNamespace
 
 import av
@@ -14,23 +15,24 @@ import torch.nn.functional as F
 import label
 import parallel
 import sample
-from clip import CLIPVisionModel
-from data import (CLIP_FILE, NEGATIVE_PROMPT, T5_FILE, VAE_FILE, Encoder, faults, read_image, read_list, read_video, to_uint8,
-                  write_video)
+from annotations import faults, read_list
+from clip import CLIP_FILE, CLIPVisionModel
+from encode import NEGATIVE_PROMPT, Encoder
+from evaluation import process_logits
 from files import InputError
 from model import WanModel
 from reward import PAVRM
-from score import process_logits
 from solver import UniPC
-
-from test_data import models as encoders  # noqa: F401, a fixture: {model type: directory}, the encoders alone
+from t5 import T5_FILE, UMT5Encoder
 from testdata.golden import fill_
-from vae import WanVAE
+from testdata.helpers import ROOT
+from vae import VAE_FILE, WanVAE
+from video import read_image, read_video, to_uint8, write_video
 
 torch.set_num_threads(1)  # everything here is tiny: more threads only get in each other's way
 
 DIT = dict(dim=24, ffn_dim=32, freq_dim=16, out_dim=16, num_heads=2, num_layers=2, text_len=32, text_dim=16)
-SAMPLING = {"size": [48, 32], "frames": 5, "fps": 8, "steps": 3, "shift": 3.0, "guidance": 2.0,
+SAMPLING = {"size": [48, 32], "frames": 5, "fps": 8, "solver_steps": 3, "shift": 3.0, "guidance": 2.0,
             "prompt": ["a red ball rolls left"]}
 
 
@@ -42,14 +44,19 @@ def transformer(directory, seed=0, **config):
 
 
 @pytest.fixture(scope="module")
-def models(encoders, tmp_path_factory):  # noqa: F811
-    """{kind: official directory}; i2v is Wan2.2's, without CLIP, i2v_clip and flf2v are Wan2.1's. All have SAMPLING."""
+def models(models, tmp_path_factory):
+    """{kind: official directory}: the encoders of conftest's `models`, with transformers and SAMPLING.
+
+    i2v is Wan2.2's, without CLIP; i2v_clip and flf2v are Wan2.1's.
+    """
+    encoders = models["t2v"]
     root = tmp_path_factory.mktemp("sampled")
     for kind in ("t2v", "i2v", "i2v_clip", "flf2v"):
         images = kind in ("i2v_clip", "flf2v")
-        transformer(root / kind, model_type=kind.removesuffix("_clip"), in_dim=16 if kind == "t2v" else 36, use_clip=images)
+        channels = 16 if kind == "t2v" else 36
+        transformer(root / kind, model_type=kind.removesuffix("_clip"), in_dim=channels, use_clip=images)
         for file in ("google", VAE_FILE, T5_FILE):
-            (root / kind / file).symlink_to(encoders["t2v"] / file)
+            (root / kind / file).symlink_to(encoders / file)
         (root / kind / "sampling.json").write_text(json.dumps(SAMPLING))
         if images and not (root / CLIP_FILE).exists():  # 257 tokens of 1280, as the transformers expect
             torch.manual_seed(0)
@@ -65,10 +72,11 @@ def rewards(tmp_path_factory):
     """{kind: directory} of reward models with two labels."""
     root = tmp_path_factory.mktemp("rewards")
     for kind, config in [("t2v", {"in_dim": 16}), ("i2v_clip", {"in_dim": 36, "use_clip": True})]:
-        pavrm = PAVRM(WanModel({**DIT, "model_type": kind.removesuffix("_clip"), **config}), 1, ["motion_quality", "text_alignment"])
+        dit = WanModel({**DIT, "model_type": kind.removesuffix("_clip"), **config})
+        pavrm = PAVRM(dit, 1, ["motion_quality", "text_alignment"])
         fill_(pavrm.state_dict(), 3)
         for mlp in pavrm.heads[1::2]:
-            mlp.fc3.weight.data *= 30  # else all rewards are alike
+            mlp.fc3.weight.data *= 30  # otherwise all rewards are alike
         pavrm.save_pretrained(root / kind)
     return {path.name: path for path in root.iterdir()}
 
@@ -98,7 +106,7 @@ def seen(monkeypatch):
 
 
 def run(directory, output, *flags):
-    place = [] if "--folder" in flags else ["--output", str(output)]
+    place = [] if "--output" in flags else ["--save_file", str(output)]
     sample.main(["--model", str(directory), *place, *map(str, flags)])
     return output
 
@@ -110,7 +118,7 @@ def photograph(path, width, height):
     return path
 
 
-# ---------------------------------------------------------------------------------------------- the file
+# ------------------------------------------------------------------------------ the file
 
 def test_a_video_is_written_that_plays_anywhere(models, tmp_path):
     path = run(models["t2v"], tmp_path / "new/a.mp4")
@@ -123,7 +131,7 @@ def test_a_video_is_written_that_plays_anywhere(models, tmp_path):
 
 
 def near(a, b):
-    """The same video but for rounding: where a tensor lies in memory decides how the CPU sums it."""
+    """The same video except for rounding: the CPU's sums depend on where a tensor lies in memory."""
     return (a.float() - b.float()).abs().mean() < 0.5  # of 255 levels
 
 
@@ -136,14 +144,15 @@ def test_the_seed_decides_the_video(models, tmp_path):
 def test_several_prompts_are_numbered_and_each_has_the_next_seed(models, tmp_path, capsys):
     run(models["t2v"], tmp_path / "a.mp4", "--prompt", "two balls", "the cat sat", "--seed", 5)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a-0.mp4", "a-1.mp4"]
-    assert capsys.readouterr().out.splitlines() == [f"{tmp_path}/a-0.mp4: 5 frames of 48x32, seed 5, 'two balls'",
-                                                    f"{tmp_path}/a-1.mp4: 5 frames of 48x32, seed 6, 'the cat sat'"]
+    assert capsys.readouterr().out.splitlines() == [
+        f"{tmp_path}/a-0.mp4: 5 frames of 48x32, seed 5, 'two balls'",
+        f"{tmp_path}/a-1.mp4: 5 frames of 48x32, seed 6, 'the cat sat'"]
     for n, prompt in enumerate(["two balls", "the cat sat"]):
         alone = run(models["t2v"], tmp_path / "alone.mp4", "--prompt", prompt, "--seed", 5 + n)
         assert near(read_video(alone), read_video(tmp_path / f"a-{n}.mp4"))
 
 
-# ---------------------------------------------------------------------------------------------- the walk
+# ------------------------------------------------------------------------------ the walk
 
 def test_the_walk_by_hand(models, tmp_path, seen, monkeypatch):
     """One float32 draw, three guided UniPC steps, the VAE's decoder, rounding: that is all."""
@@ -187,10 +196,10 @@ def test_another_transformer_is_used_with_the_models_encoders(models, tmp_path, 
 
 @pytest.mark.parametrize("solver", ["dpm++", "euler"])
 def test_the_solver_is_chosen(models, tmp_path, seen, solver):
-    run(models["t2v"], tmp_path / "a.mp4", "--solver", solver, "--steps", 2, "--shift", 4)
+    run(models["t2v"], tmp_path / "a.mp4", "--solver", solver, "--solver_steps", 2, "--shift", 4)
     expected = sample.SOLVERS[solver](2, 4.0).timesteps.tolist()
     assert [call.t for call in seen.calls[::2]] == pytest.approx(expected)
-    run(models["t2v"], tmp_path / "a.mp4", "--steps", 2, "--shift", 4)
+    run(models["t2v"], tmp_path / "a.mp4", "--solver_steps", 2, "--shift", 4)
     assert not torch.equal(*seen.latents)
 
 
@@ -202,22 +211,24 @@ def test_on_cuda_in_bf16(models, rewards, tmp_path, seen, kind):
     assert read_video(run(models[kind], tmp_path / "a.mp4", *images), fps=8).shape == (5, 32, 48, 3)
     assert seen.latents[0].is_cuda and seen.latents[0].dtype == torch.float32
     reward = rewards["t2v" if kind == "t2v" else "i2v_clip"]
-    run(models[kind], tmp_path / "b.mp4", *images, "--best_of", 2, "--drop_at", 1, "--keep", 2, "--reward", reward)
+    choice = ["--best_of", 2, "--drop_at", 1, "--keep", 2, "--reward", reward]
+    run(models[kind], tmp_path / "b.mp4", *images, *choice)
     assert seen.latents[1].isfinite().all()
 
 
-# ---------------------------------------------------------------------------------------------- the numbers
+# ------------------------------------------------------------------------------ the numbers
 
 def test_numbers_come_from_the_command_then_sampling_json_then_the_published_ones(models, tmp_path):
     def numbers(directory, *flags):
         args = sample.parse_args(["--model", str(directory), *flags])
-        sample.fill_in(args)
-        return [args.steps, args.shift, args.guidance, tuple(args.size), args.frames, args.fps, args.prompt]
+        sample.fill_in(args, sample.model_type_of(args))
+        size = tuple(args.size)
+        return [args.solver_steps, args.shift, args.guidance, size, args.frames, args.fps, args.prompt]
 
     own = [3, 3.0, 2.0, (48, 32), 5, 8, ["a red ball rolls left"]]
     assert numbers(models["t2v"]) == own
-    assert numbers(models["t2v"], "--steps", "9", "--prompt", "p") == [9, *own[1:6], ["p"]]
-    given = "--steps 1 --shift 2 --guidance 1 --size 16x32 --frames 9 --fps 24 --prompt p q".split()
+    assert numbers(models["t2v"], "--solver_steps", "9", "--prompt", "p") == [9, *own[1:6], ["p"]]
+    given = "--solver_steps 1 --shift 2 --guidance 1 --size 16x32 --frames 9 --fps 24 --prompt p q".split()
     assert numbers(models["t2v"], *given) == [1, 2.0, 1.0, (16, 32), 9, 24.0, ["p", "q"]]
     images = ["--prompt", "p", "--image", "a.jpg", "--last_image", "b.jpg"]
     for kind, flags, published in [("t2v", images[:2], [50, 5.0, 5.0, (832, 480)]),
@@ -225,11 +236,14 @@ def test_numbers_come_from_the_command_then_sampling_json_then_the_published_one
                                    ("flf2v", images, [50, 16.0, 5.0, (1280, 720)])]:
         (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
         assert numbers(tmp_path, *flags) == [*published, 81, 16, ["p"]]
-    (tmp_path / "sampling.json").write_text('{"steps": 4}')
+    (tmp_path / "sampling.json").write_text('{"solver_steps": 4}')
     assert numbers(tmp_path, *images)[:2] == [4, 16.0]
+    (tmp_path / "sampling.json").write_text('{"steps": 4}')
+    with pytest.raises(InputError, match="sampling.json has steps, which is not a setting; .* solver_steps"):
+        numbers(tmp_path, *images)
 
 
-# ---------------------------------------------------------------------------------------------- images
+# ------------------------------------------------------------------------------ images
 
 def test_the_size_follows_the_photograph():
     def size(width, height, wanted):
@@ -246,7 +260,8 @@ def test_image_to_video_is_given_the_photograph(models, tmp_path, seen, kind):
     picture = photograph(tmp_path / "picture.png", 60, 90)
     path = run(models[kind], tmp_path / "a.mp4", "--image", picture, "--size", "32x48")
     assert read_video(path, fps=8).shape == (5, 48, 32, 3)
-    path = run(models[kind], tmp_path / "a.mp4", "--image", picture, "--size", "48x32")  # only the area counts
+    # Only the area counts.
+    path = run(models[kind], tmp_path / "a.mp4", "--image", picture, "--size", "48x32")
     assert read_video(path, fps=8).shape == (5, 48, 32, 3)
 
     encoder, image = Encoder(models[kind], "cpu"), read_image(picture)[None]
@@ -276,10 +291,11 @@ def test_first_and_last_frame_to_video(models, tmp_path, seen):
     video[:, :, 0], video[:, :, -1] = first, F.interpolate(last, (32, 48), mode="bicubic")
     assert torch.equal(condition["y"][:, 4:], encoder.video_encoder.encode(video))
     assert condition["y"][0, :4, :, 3, 5].tolist() == [[1, 0], [1, 0], [1, 0], [1, 1]]
-    assert torch.equal(condition["clip_fea"], torch.cat([encoder.image_encoder(image) for image in (first, last)]))
+    expected = torch.cat([encoder.image_encoder(image) for image in (first, last)])
+    assert torch.equal(condition["clip_fea"], expected)
 
 
-# ---------------------------------------------------------------------------------------------- the best of several
+# ------------------------------------------------------------------------------ the best of several
 
 def test_the_seed_with_the_best_reward_is_kept(models, rewards, tmp_path, seen, capsys):
     prompts, noise = ["two balls", "the cat sat"], parallel.noise((1, 16, 2, 4, 6), "best_of")
@@ -292,8 +308,8 @@ def test_the_seed_with_the_best_reward_is_kept(models, rewards, tmp_path, seen, 
             found[seed] = (logits.sigmoid() @ torch.tensor([0.3, 0.7])).mean().item(), seen.latents[-1]
         expected.append(found)
     seen.latents.clear(), seen.calls.clear(), capsys.readouterr()
-    run(models["t2v"], tmp_path / "a.mp4", "--prompt", *prompts, "--seed", 5, "--best_of", 3, "--reward", rewards["t2v"],
-        "--task", "text_alignment=0.7", "motion_quality=0.3")
+    run(models["t2v"], tmp_path / "a.mp4", "--prompt", *prompts, "--seed", 5, "--best_of", 3,
+        "--reward", rewards["t2v"], "--labels", "text_alignment=0.7", "motion_quality=0.3")
     lines = []
     for n, found in enumerate(expected):
         best = max(found, key=lambda seed: found[seed][0])
@@ -302,13 +318,16 @@ def test_the_seed_with_the_best_reward_is_kept(models, rewards, tmp_path, seen, 
         lines += [f"{tmp_path}/a-{n}.mp4: 5 frames of 48x32, seed {best}, {prompts[n]!r}"]
         assert torch.allclose(seen.latents[n], found[best][1], atol=1e-4)
     assert capsys.readouterr().out.splitlines() == lines and len(seen.latents) == 2
-    assert len({f"{value:.3f}" for found in expected for value, _ in found.values()}) > 3  # there was something to choose
+    values = {f"{value:.3f}" for found in expected for value, _ in found.values()}
+    assert len(values) > 3  # there was something to choose
 
 
 @pytest.mark.parametrize("solver", ["unipc", "dpm++"])
-def test_dropping_saves_evaluations_and_changes_nothing_for_those_kept(models, rewards, tmp_path, seen, monkeypatch, capsys, solver):
-    """A process reward that prefers one seed keeps it, one that shuns it drops it; its latents are as if it had been alone."""
-    flags = ["--steps", 4, "--guidance", 1, "--solver", solver, "--best_of", 4, "--reward", rewards["t2v"]]
+def test_dropping_saves_evaluations_and_changes_nothing_for_those_kept(
+        models, rewards, tmp_path, seen, monkeypatch, capsys, solver):
+    """A process reward that prefers one seed keeps it, with the same latents; one that shuns it drops it."""
+    flags = ["--solver_steps", 4, "--guidance", 1, "--solver", solver]
+    flags += ["--best_of", 4, "--reward", rewards["t2v"]]
     run(models["t2v"], tmp_path / "a.mp4", *flags)
     best, = [line for line in capsys.readouterr().out.splitlines() if line.endswith("kept")]
     x, noisy, forward, sign = seen.latents[0], {}, PAVRM.forward, 1
@@ -317,7 +336,7 @@ def test_dropping_saves_evaluations_and_changes_nothing_for_those_kept(models, r
     def judge(self, x, t, context, **more):
         if t.item() != drop_at:
             return forward(self, x, t, context, **more)
-        assert more["tasks"] == ["motion_quality"] and len(context) == 1
+        assert more["labels"] == ["motion_quality"] and len(context) == 1
         noisy[len(noisy)] = x
         return torch.tensor([[sign * float(f"seed {(len(noisy) - 1) % 4}:" in best)]])
 
@@ -328,8 +347,10 @@ def test_dropping_saves_evaluations_and_changes_nothing_for_those_kept(models, r
     assert "  2 of 4 seeds dropped: 6 of 16 solver steps saved, 38%" in capsys.readouterr().out.splitlines()
     start = torch.randn(1, 16, 2, 4, 6, generator=torch.Generator().manual_seed(1))
     text, = Encoder(models["t2v"], "cpu").text(SAMPLING["prompt"])
-    step = sample.walk(lambda x, t: WanModel.from_pretrained(models["t2v"])(x, t, [text]), start, sample.SOLVERS[solver](4, 3.0), 0, 1)
-    assert torch.allclose(noisy[1], step, atol=1e-4)  # what is judged is what the solver has, without more noise
+    model = WanModel.from_pretrained(models["t2v"])
+    with torch.no_grad():
+        step = sample.walk(lambda x, t: model(x, t, [text]), start, sample.SOLVERS[solver](4, 3.0), 0, 1)
+    assert torch.allclose(noisy[1], step, atol=1e-4)  # the solver's latents are judged, without more noise
 
     sign = -1
     seen.calls.clear()
@@ -346,21 +367,58 @@ def test_the_reward_model_is_given_the_image(models, rewards, tmp_path, seen, mo
         return forward(self, x, t, context, **condition)
 
     monkeypatch.setattr(PAVRM, "forward", judge)
-    run(models["i2v_clip"], tmp_path / "a.mp4", "--image", picture, "--best_of", 2, "--drop_at", 2, "--keep", 1,
-        "--reward", rewards["i2v_clip"])
+    choice = ["--best_of", 2, "--drop_at", 2, "--keep", 1, "--reward", rewards["i2v_clip"]]
+    run(models["i2v_clip"], tmp_path / "a.mp4", "--image", picture, *choice)
     assert [t for t, *_ in given] == [UniPC(3, 3.0).timesteps[2]] * 2 + [201, 400, 600, 800]
     for _, text, condition in given:
         assert torch.equal(text, seen.calls[0].text)
         assert all(torch.equal(condition[name], seen.calls[0].condition[name]) for name in ("y", "clip_fea"))
 
 
-# ---------------------------------------------------------------------------------------------- folders
+# ------------------------------------------------------------------------------ memory
 
-def test_a_folder_of_clips_to_label(models, tmp_path, seen, monkeypatch, capsys):
-    """It can be read, labelled and encoded; an interrupted run goes on, and no label is lost on the way."""
+def test_models_leave_memory_when_they_are_done(models, rewards, tmp_path, monkeypatch):
+    """The encoders before the transformer is loaded; all but the VAE before the last video is decoded."""
+    made, alive = {}, []
+
+    def watch(cls):
+        load = cls.from_pretrained
+
+        def watched(*args, **kwargs):
+            alive.append((cls.__name__, [name for name, reference in made.items() if reference()]))
+            model = load(*args, **kwargs)
+            made[cls.__name__] = weakref.ref(model)
+            return model
+
+        monkeypatch.setattr(cls, "from_pretrained", watched)
+
+    for cls in (UMT5Encoder, CLIPVisionModel, WanModel, PAVRM):
+        watch(cls)
+    decode = WanVAE.decode
+
+    def watched_decode(self, x):
+        alive.append(("decode", [name for name, reference in made.items() if reference()]))
+        return decode(self, x)
+
+    monkeypatch.setattr(WanVAE, "decode", watched_decode)
+    picture = photograph(tmp_path / "picture.png", 48, 32)
+    flags = ["--image", picture, "--prompt", "two balls", "the cat sat"]
+    gc.disable()  # so that reference counts alone decide
+    try:
+        run(models["i2v_clip"], tmp_path / "a.mp4", *flags, "--best_of", 2, "--reward", rewards["i2v_clip"])
+    finally:
+        gc.enable()
+    assert alive == [("UMT5Encoder", []), ("CLIPVisionModel", []), ("WanModel", []), ("PAVRM", ["WanModel"]),
+                     ("decode", ["WanModel", "PAVRM"]), ("decode", [])]
+
+
+# ------------------------------------------------------------------------------ directories
+
+def test_a_directory_of_clips_to_label(models, tmp_path, seen, monkeypatch, capsys):
+    """It can be read, labelled and encoded; an interrupted run continues, and no label is lost on the way."""
     folder, file = tmp_path / "clips", tmp_path / "prompts.txt"
     file.write_text("\ufeff\n two balls\r\n\n  \nthe cat sat", encoding="utf-8")
-    flags = [models["t2v"], None, "--prompts", file, "--folder", folder, "--count", 2, "--seed", 5]
+    flags = [models["t2v"], None, "--prompts", file, "--output", folder, "--count", 2, "--seed", 5]
     written = []
 
     def interrupted(path, video, fps):
@@ -384,7 +442,8 @@ def test_a_folder_of_clips_to_label(models, tmp_path, seen, monkeypatch, capsys)
     before = (folder / "0-5.mp4").stat().st_mtime_ns
     run(*flags)
     entries = read_list(folder / "clips.json")
-    assert [entry["source_id"] for entry in entries] == ["0-5", "0-6", "1-7", "1-8"] and not list(faults(entries, fps=8))
+    assert [entry["source_id"] for entry in entries] == ["0-5", "0-6", "1-7", "1-8"]
+    assert not list(faults(entries, fps=8))
     assert [(entry["pair_id"], entry["short_caption"], entry["long_caption"]) for entry in entries[1:3]] == [
         ("0", "two balls", "two balls"), ("1", "the cat sat", "the cat sat")]
     assert [entry["labels"]["physics_quality"] for entry in entries] == [0, None, None, None]
@@ -398,62 +457,65 @@ def test_a_folder_of_clips_to_label(models, tmp_path, seen, monkeypatch, capsys)
     capsys.readouterr()
     run(*flags)
     assert capsys.readouterr().out == f"all videos are in {folder} already\n"
-    with pytest.raises(InputError, match="0-5.mp4 was made with other steps and guidance; choose another --folder or --seed"):
-        run(*flags, "--steps", 2, "--guidance", 1)
+    message = "0-5.mp4 was made with other solver_steps and guidance; choose another --output or --seed"
+    with pytest.raises(InputError, match=message):
+        run(*flags, "--solver_steps", 2, "--guidance", 1)
     file.write_text("one ball\nthe cat sat")
     with pytest.raises(InputError, match="0-5.mp4 was made with other prompt"):
         run(*flags)
     assert (folder / "clips.json").read_bytes() == content
     (folder / "clips.json").write_text("{}")
-    with pytest.raises(InputError, match="clips.json is no list of clips"):
+    with pytest.raises(InputError, match="clips.json .* list of clips"):
         run(*flags)
 
 
-# ---------------------------------------------------------------------------------------------- refusals
+# ------------------------------------------------------------------------------ refusals
 
 @pytest.mark.parametrize("kind, flags, message", [
     ("nowhere", [], "nowhere/config.json does not exist"),
     ("ti2v", [], "Wan2.2 TI2V, whose VAE"),
     ("experts", [], "experts is Wan2.2 A14B, whose two transformers"),
-    ("other", [], "describes no Wan model .model_type 'vace'"),
+    ("other", [], "does not describe a Wan model .model_type 'vace'"),
     ("bare", [], "the prompt is empty; give one with --prompt"),
     ("t2v", ["--prompt", "two balls", " "], "the prompt is empty"),
-    ("t2v", ["--image", "picture.png"], "the t2v model t2v takes no --image"),
-    ("i2v", ["--image", "picture.png", "--last_image", "picture.png"], "the i2v model i2v takes no --last_image"),
+    ("t2v", ["--image", "picture.png"], "the t2v model t2v does not take --image"),
+    ("i2v", ["--image", "picture.png", "--last_image", "picture.png"], "i2v does not take --last_image"),
     ("i2v", [], "the i2v model i2v needs --image"),
     ("flf2v", ["--image", "picture.png"], "the flf2v model flf2v needs --last_image"),
     ("i2v", ["--image", "gone.png"], "gone.png does not exist"),
-    ("i2v", ["--image", "text.png"], "text.png is damaged, cut short or no video"),
+    ("i2v", ["--image", "text.png"], "text.png is damaged"),
     ("i2v", ["--image", "thin.png"], "a video of 0x576 does not fit the model"),
     ("t2v", ["--size", "40x32"], "40x32 does not fit the model; give a --size in multiples of 16"),
     ("t2v", ["--size", "0x32"], "0x32 does not fit"),
     ("t2v", ["--frames", "8"], "--frames 8 does not fit the VAE; give 1 . 4n"),
     ("t2v", ["--frames", "-3"], "--frames -3 does not fit"),
-    ("t2v", ["--steps", "0"], "--steps 0 .* above 0"),
+    ("t2v", ["--solver_steps", "0"], "--solver_steps 0 .* above 0"),
     ("t2v", ["--fps", "0"], "--fps 0.* above 0"),
     ("t2v", ["--transformer", "nowhere"], "nowhere/config.json does not exist"),
-    ("t2v", ["--transformer", "i2v"], "--transformer i2v is a i2v model, but t2v is a t2v one"),
+    ("t2v", ["--transformer", "i2v"], "--transformer i2v is a i2v model, but t2v is a t2v model"),
     ("t2v", ["--prompts", "gone.txt"], "--prompts gone.txt cannot be read .*No such file"),
     ("t2v", ["--prompts", "blank.txt"], "the prompt is empty; .* --prompts"),
     ("t2v", ["--best_of", "0"], "--best_of 0 .* above 0"),
     ("t2v", ["--best_of", "2"], "demo/reward holds no reward model"),
-    ("t2v", ["--best_of", "2", "--reward", "reward_i2v_clip"], "reward_i2v_clip has in_dim 36, but t2v has 16; train it"),
-    ("i2v", ["--best_of", "2", "--reward", "reward_i2v_clip", "--image", "picture.png"], "has use_clip True, but i2v has False"),
-    ("t2v", ["--best_of", "2", "--reward", "reward_t2v", "--task", "beauty"], "--task beauty is no label"),
-    ("t2v", ["--task", "text_alignment"], "--task does nothing without --best_of"),
+    ("t2v", ["--best_of", "2", "--reward", "reward_i2v_clip"], "reward_i2v_clip has in_dim 36"),
+    ("i2v", ["--best_of", "2", "--reward", "reward_i2v_clip", "--image", "picture.png"],
+     "reward_i2v_clip has use_clip True"),
+    ("t2v", ["--best_of", "2", "--reward", "reward_t2v", "--labels", "beauty"], "--labels beauty: .* text"),
+    ("t2v", ["--labels", "text_alignment"], "--labels does nothing without --best_of"),
     ("t2v", ["--drop_at", "1"], "--drop_at does nothing without --best_of"),
     ("t2v", ["--best_of", "4", "--keep", "2"], "--keep does nothing without --drop_at"),
-    ("t2v", ["--best_of", "4", "--drop_at", "0"], "--drop_at 0 does not lie within the 3 solver steps; give 1 to 2"),
-    ("t2v", ["--best_of", "4", "--drop_at", "3"], "--drop_at 3 does not lie within the 3 solver steps"),
-    ("t2v", ["--best_of", "4", "--drop_at", "1", "--keep", "5"], "--keep 5 of 4 seeds is impossible; give 1 to 4"),
-    ("t2v", ["--count", "4"], "--count does nothing without --folder"),
-    ("t2v", ["--folder", "f", "--count", "0"], "--count 0 .* above 0"),
-    ("t2v", ["--folder", "f", "--best_of", "4"], "--folder keeps every seed's video and --best_of only one"),
-    ("t2v", ["--folder", "text.png"], "text.png cannot be written to .File exists"),
-    ("t2v", ["--output", "text.png/new/a.mp4"], "text.png/new cannot be written to .Not a directory"),
-    ("t2v", ["--output", "bare"], "--output bare is a directory; give a file name, such as bare/sample.mp4"),
+    ("t2v", ["--best_of", "4", "--drop_at", "0"], "--drop_at 0 is not within the 3 solver steps"),
+    ("t2v", ["--best_of", "4", "--drop_at", "3"], "--drop_at 3 is not within .*; give 1 to 2"),
+    ("t2v", ["--best_of", "4", "--drop_at", "1", "--keep", "5"], "--keep 5 of 4 seeds is impossible"),
+    ("t2v", ["--count", "4"], "--count does nothing without --output"),
+    ("t2v", ["--output", "f", "--count", "0"], "--count 0 .* above 0"),
+    ("t2v", ["--output", "f", "--best_of", "4"], "--output keeps the video of every seed"),
+    ("t2v", ["--output", "text.png"], "text.png cannot be written to .File exists"),
+    ("t2v", ["--save_file", "text.png/new/a.mp4"], "text.png/new cannot be written to .Not a directory"),
+    ("t2v", ["--save_file", "bare"], "bare is a directory; give a file name, such as bare/sample.mp4"),
 ])
-def test_what_cannot_be_sampled_is_refused_in_one_sentence(models, rewards, tmp_path, monkeypatch, kind, flags, message):
+def test_what_cannot_be_sampled_is_refused_in_one_sentence(
+        models, rewards, tmp_path, monkeypatch, kind, flags, message):
     for name, directory in models.items():
         (tmp_path / name).symlink_to(directory)
     for name, directory in rewards.items():
@@ -475,7 +537,7 @@ def test_what_cannot_be_sampled_is_refused_in_one_sentence(models, rewards, tmp_
 
 
 def test_the_command_ends_in_one_line_and_an_exit_code(tmp_path):
-    done = subprocess.run([sys.executable, Path(__file__).with_name("sample.py"), "--model", "nowhere"], cwd=tmp_path,
+    done = subprocess.run([sys.executable, ROOT / "sample.py", "--model", "nowhere"], cwd=tmp_path,
                           capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "error: nowhere/config.json does not exist; check the path\n"

@@ -1,20 +1,19 @@
 """umT5 and its tokenizer: the official values, names and shapes, and what a prompt becomes."""
 import json
 import re
-from pathlib import Path
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 import sentencepiece
 import torch
-from safetensors import safe_open
 
 import t5
 from files import InputError
 from t5 import Tokenizer, UMT5Encoder, clean, encode_prompts, position_buckets
 from testdata.golden import fill_
+from testdata.helpers import ROOT, golden
 
-TESTDATA = Path(__file__).parent / "testdata"
 TINY = dict(vocab_size=90, dim=32, dim_attn=48, dim_ffn=56, num_heads=3, num_layers=2, num_buckets=16)
 SENTENCES = ["the cat sat on the mat, and the dog ran to the door.", "a video of a small cat (high quality)",
              "two dogs run on the beach at sunset; waves & wind", "it's a \"quoted\" word, 12345",
@@ -29,8 +28,9 @@ def tiny_encoder():
 
 def train_spiece(directory, byte_fallback):
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(SENTENCES), model_prefix=str(directory / "spiece"), byte_fallback=byte_fallback,
-        vocab_size=400, hard_vocab_limit=False, pad_id=0, eos_id=1, bos_id=2, unk_id=3, minloglevel=2)
+        sentence_iterator=iter(SENTENCES), model_prefix=str(directory / "spiece"),
+        byte_fallback=byte_fallback, vocab_size=400, hard_vocab_limit=False,
+        pad_id=0, eos_id=1, bos_id=2, unk_id=3, minloglevel=2)
     return directory / "spiece.model"
 
 
@@ -41,23 +41,24 @@ def spiece(request, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def without_ftfy(monkeypatch):
-    monkeypatch.setattr(t5, "ftfy", None)  # the same result on every machine
+    """Whether or not ftfy is installed, the tests see the same."""
+    monkeypatch.setattr(t5, "ftfy", None)
 
 
-# ---------------------------------------------------------------------------------------------- the encoder
+# ------------------------------------------------------------------------------ the encoder
 
 def test_agrees_with_the_official_encoder():
-    with safe_open(TESTDATA / "golden/umt5.safetensors", "pt") as golden:
-        config, seed = json.loads(golden.metadata()["cfg"]), int(golden.metadata()["seed"])
-        ids, mask, expected = (golden.get_tensor(name) for name in ("ids", "mask", "out"))
+    values, meta = golden("umt5")
+    config = json.loads(meta["cfg"])
     encoder = UMT5Encoder(vocab_size=config.pop("vocab"), **config)
-    fill_(encoder.state_dict(), seed)
-    error = (encoder(ids, mask) - expected).abs().max() / expected.abs().max()
+    fill_(encoder.state_dict(), int(meta["seed"]))
+    expected = values["out"]
+    error = (encoder(values["ids"], values["mask"]) - expected).abs().max() / expected.abs().max()
     assert error < 2e-6  # 3e-7 measured
 
 
 def test_names_and_shapes_are_those_of_the_official_file():
-    manifest = json.loads((TESTDATA / "manifests/models_t5_umt5-xxl-enc-bf16.pth.json").read_text())
+    manifest = json.loads((ROOT / "testdata/manifests/models_t5_umt5-xxl-enc-bf16.pth.json").read_text())
     with torch.device("meta"):
         encoder = UMT5Encoder(256384, 4096, 4096, 10240, 64, 24, 32)
     assert {name: list(tensor.shape) for name, tensor in encoder.state_dict().items()} == {
@@ -67,7 +68,7 @@ def test_names_and_shapes_are_those_of_the_official_file():
 def test_position_buckets():
     buckets = position_buckets(200, 32)
     first_of_bucket = [0, 1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 23, 32, 46, 64, 91]  # from 8 on 8 * 2^(i / 2), up
-    for bucket, (first, beyond) in enumerate(zip(first_of_bucket, [*first_of_bucket[1:], 200])):
+    for bucket, (first, beyond) in enumerate(pairwise([*first_of_bucket, 200])):
         for distance in (first, beyond - 1):
             assert buckets[199, 199 - distance] == bucket  # a key behind the query
             if distance:
@@ -99,7 +100,8 @@ def test_from_pretrained_reads_the_sizes_off_the_file(tmp_path):
     ids = torch.arange(4, 24)[None]
     assert torch.equal(encoder(ids, ids > 0), original(ids, ids > 0))
     assert not any(parameter.requires_grad for parameter in encoder.parameters())
-    assert {p.dtype for p in UMT5Encoder.from_pretrained(tmp_path / "t5.pth").parameters()} == {torch.bfloat16}
+    by_default = UMT5Encoder.from_pretrained(tmp_path / "t5.pth")
+    assert {parameter.dtype for parameter in by_default.parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("removed, reason", [("token_embedding.weight", "not a umT5 encoder"),
@@ -124,7 +126,7 @@ def test_encode_prompts_drops_the_padding(spiece):
     assert encode_prompts(encoder.to("meta"), tokenizer, prompts)[2].is_meta  # it runs where the encoder is
 
 
-# ---------------------------------------------------------------------------------------------- the text
+# ------------------------------------------------------------------------------ the text
 
 @pytest.mark.parametrize("text, expected", [
     ("过曝，静态", "过曝,静态"),  # full-width comma
@@ -139,7 +141,11 @@ def test_encode_prompts_drops_the_padding(spiece):
     ("\ud83d\ude00 \ud83d!", "😀 \ufffd!"),  # surrogates, as a JSON file may hold them
     ("salt &amp;amp; pepper", "salt & pepper"),
     ("&amp;rdquo;", '"'),  # found only once the first repair is done
-    ("<b> &amp;lt;i&amp;gt; &rdquo;", "<b> <i> ”"),  # may be HTML: unescaped twice, and that after the repair
+    ("<b> &amp;lt;i&amp;gt; &rdquo;", "<b> <i> ”"),  # may be HTML: not repaired, and then unescaped twice
+    ("&rdquo;\n<b>&rdquo;\n&rdquo;", '" <b>” ”'),  # from the line with the "<" on
+    ("&lt; &amp;amp;rdquo;", '< "'),  # a "<" that was an entity does not make it HTML
+    ("P&EACUTE;REZ &QUOT;&RDQUO; &nTILDE;", 'PÉREZ "" &nTILDE;'),  # names in capitals
+    ("STRA&SZLIG;E", "STRASSE"),
     ("  a\t\tcat \r\n sat\u00a0down\u2028 ", "a cat sat down"),
     ("", ""),
 ])
@@ -147,12 +153,28 @@ def test_clean(text, expected):
     assert clean(text) == expected
 
 
+OFFICIAL = json.loads((ROOT / "testdata/golden/text_clean.json").read_text())["rows"]
+
+
+@pytest.mark.parametrize("kind", sorted({row["kind"] for row in OFFICIAL} - {"mojibake"}))
+def test_clean_agrees_with_the_official_function(kind):
+    for row in OFFICIAL:
+        if row["kind"] == kind:
+            assert clean(row["raw"]) == row["clean"], row
+
+
+def test_clean_with_ftfy_agrees_with_the_official_function(monkeypatch):
+    monkeypatch.setattr(t5, "ftfy", pytest.importorskip("ftfy", reason="needs ftfy"))
+    for row in OFFICIAL:
+        assert clean(row["raw"]) == row["clean"], row
+
+
 def test_ftfy_repairs_where_it_is_installed(monkeypatch):
     monkeypatch.setattr(t5, "ftfy", SimpleNamespace(fix_text=lambda text: text.replace("Ã¶", "ö")))
     assert clean("schÃ¶n  &amp;amp;") == "schön &"
 
 
-# ---------------------------------------------------------------------------------------------- the tokenizer
+# ------------------------------------------------------------------------------ the tokenizer
 
 def pieces(tokenizer, prompt):
     return [tokenizer.model.id_to_piece(token) for token in tokenizer.encode(prompt)]

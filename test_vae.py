@@ -1,18 +1,13 @@
-"""The VAE agrees with the official one, holds no more of a long video than of a short one, and refuses what it cannot encode."""
+"""The VAE agrees with the official one, needs no more memory for longer videos, and refuses wrong videos."""
 import json
 
 import pytest
 import torch
-from safetensors import safe_open
 
 from files import InputError
 from testdata.golden import agree, draw, fill_
+from testdata.helpers import ROOT, golden
 from vae import WanVAE
-
-
-def golden(name):
-    with safe_open(f"testdata/golden/{name}.safetensors", framework="pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
 
 
 @pytest.mark.parametrize("name", ["vae_wan21", "vae_wan21_one_frame"])
@@ -35,8 +30,8 @@ def test_official_values(name):
 def test_names_and_shapes_are_the_official_ones():
     with torch.device("meta"):
         ours = {name: list(tensor.shape) for name, tensor in WanVAE().state_dict().items()}
-    with open("testdata/manifests/Wan2.1_VAE.pth.json") as file:
-        assert ours == {name: shape for name, (_, shape) in json.load(file).items()}
+    manifest = json.loads((ROOT / "testdata/manifests/Wan2.1_VAE.pth.json").read_text())
+    assert ours == {name: shape for name, (_, shape) in manifest.items()}
 
 
 def test_the_past_does_not_depend_on_the_future():
@@ -51,19 +46,19 @@ def test_the_past_does_not_depend_on_the_future():
 def test_what_is_held_does_not_grow_with_the_length(half):
     """The walk sees at most four frames, or one latent frame, at a time, and its cache has a fixed size."""
     vae = WanVAE(dim=4).requires_grad_(False)
+    calls = []
+    getattr(vae, half).register_forward_pre_hook(lambda module, inputs: calls.append(inputs))
     held = []
     for frames in (9, 21):
-        chunks, caches = [], []
-
-        def note(module, inputs):
-            chunks.append(inputs[0].shape[2])
-            caches.append(inputs[1])
-
-        hook = getattr(vae, half).register_forward_pre_hook(note)
-        vae.encode(torch.zeros(1, 3, frames, 16, 16)) if half == "encoder" else vae.decode(torch.zeros(1, 16, (frames + 3) // 4, 2, 2))
-        hook.remove()
-        tensors = [tensor for tensor in caches[-1].values() if torch.is_tensor(tensor)]
-        held.append((max(chunks), sum(tensor.untyped_storage().nbytes() for tensor in tensors)))
+        calls.clear()
+        if half == "encoder":
+            vae.encode(torch.zeros(1, 3, frames, 16, 16))
+        else:
+            vae.decode(torch.zeros(1, 16, (frames + 3) // 4, 2, 2))
+        cache = calls[-1][1]
+        tensors = [tensor for tensor in cache.values() if torch.is_tensor(tensor)]
+        longest = max(chunk.shape[2] for chunk, _ in calls)
+        held.append((longest, sum(tensor.untyped_storage().nbytes() for tensor in tensors)))
     assert held[0] == held[1] and held[0][0] == {"encoder": 4, "decoder": 1}[half]
 
 
@@ -71,7 +66,14 @@ def test_pth_round_trip(tmp_path):
     vae = WanVAE(dim=8)
     torch.save(vae.state_dict(), tmp_path / "vae.pth")
     loaded = WanVAE.from_pretrained(tmp_path / "vae.pth")
-    assert all(torch.equal(a, b) for a, b in zip(vae.state_dict().values(), loaded.state_dict().values()))
+    states = zip(vae.state_dict().values(), loaded.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in states)
+
+
+def test_refuses_another_file(tmp_path):
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pth")
+    with pytest.raises(InputError, match="is not a Wan2.1 VAE .*give the official Wan2.1_VAE.pth"):
+        WanVAE.from_pretrained(tmp_path / "other.pth")
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 4, 16, 16), (1, 3, 5, 16, 12)])

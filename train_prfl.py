@@ -1,6 +1,7 @@
-"""Stage 2: PRFL, process reward feedback learning (arXiv 2511.21541, section 3.3): train the generator against PAVRM.
+"""Stage 2: PRFL, process reward feedback learning (arXiv 2511.21541, section 4.3, algorithm 1): train the
+generator against PAVRM.
 
-    python train_prfl.py                                   # the tiny world, alone
+    python train_prfl.py @recipes/tiny_prfl.args           # the tiny world, alone
     torchrun --nproc_per_node=8 train_prfl.py @recipes/prfl_t2v_14B_480P.args --reward ... --data ...
 
 One iteration has two phases, each with an update of its own:
@@ -11,313 +12,373 @@ One iteration has two phases, each with an update of its own:
     reward   x = noise;  k ~ uniform over all solver steps but the last
              k solver steps on x, without gradient           roll out to a random step ...
              one solver step with gradient  ->  x_next       ... take one more, and have the result judged
-             loss = weight * relu(2 - sigmoid(PAVRM(x_next, t_next)))       in effect weight * (2 - reward)
+             loss = weight * relu(2 - sigmoid(PAVRM(x_next, t_next)))      in effect weight * (2 - reward)
 
-The gradient flows through the frozen PAVRM and through that one step only. Nothing is decoded, so memory is that of
-one training step. What the paper compares with is chosen by --phases:
+The gradient flows through the frozen PAVRM and through that one step only. Nothing is decoded, so memory is
+that of one training step. --phases chooses what the paper compares with:
 
     --phases sft            fine-tuning on the real clips alone
-    --phases rwr            reward-weighted regression: sft's loss times exp((reward - 1) / temperature) of the clip
-    --phases reward         PRFL without its SFT phase: the reward is hacked
+    --phases rwr            reward-weighted regression: the loss of sft times exp((reward - 1) / temperature)
+    --phases reward         PRFL without its SFT phase: the reward gets hacked
     --phases sft reward     PRFL
 
-Departures from the published code are listed in the README.
+docs/departures.md lists how this differs from the published code.
 """
-import math
+import runpy
 from contextlib import nullcontext
-from copy import copy
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 
+import cli
 import parallel
 import records
-from data import TASKS, VAE_FILE, Clips, Order, ahead, choose_caption, clip_statistics, collate, label, to_uint8, write_video
-from files import InputError, is_main, load_weights, open_safetensors, read_json, write_json, write_safetensors
+from clips import LABELS, Clips, Order, choose_caption, collate, label_of, prefetch
+from ema import EMA
+from files import InputError, load_weights
 from lora import add_lora, save_adapter, start_lora, without_adapters
 from memory import block_runner
 from model import WanModel
-from reward import PAVRM, check_fit, reward_loss
-from score import REWARD_TIMESTEPS, parse_tasks, process_logits
+from reward import PAVRM, ProcessReward, check_fit, parse_labels
 from solver import SOLVERS, TrainingSchedule, add_noise, flow_matching_target, guided, timestep, walk
-from vae import WanVAE
+from vae import VAE_FILE, WanVAE
 
 
 def parse_args(argv=None):
-    parser = parallel.Parser("Train a Wan model against a PAVRM reward. Symbols in brackets are those of the head of train_prfl.py.")
-    parser.add_argument("--model", default="demo/model", help="official directory of the model to train (theta)")
-    parser.add_argument("--reward", default="demo/reward", help="reward model (r), written by train_pavrm.py; none: samples "
-                        "are not scored, for --phases sft")
-    parser.add_argument("--data", default="demo/train/index.jsonl", help="index of encoded clips (data.py), real ones (x_0, c)")
-    parser.add_argument("--good", default="motion_quality", choices=[*TASKS, "none"], help="clips annotated as poor in this are left out")
-    parser.add_argument("--val", help="index of held-out clips, for the prompts of --samples; None: those of --data")
-    parser.add_argument("--output", default="outputs/prfl", help="directory of this run: model/, checkpoints/, samples/, log.jsonl")
-    parser.add_argument("--phases", nargs="+", default=["sft", "reward"], choices=["sft", "rwr", "reward"], help="phases of an iteration")
-    parser.add_argument("--steps", type=int, default=100, help="iterations; the published number is not known")
-    parser.add_argument("--batch_size", type=int, default=2, help="clips a micro-step, over all processes")
-    parser.add_argument("--accumulation", type=int, default=5, help="micro-steps a phase and iteration; each has its own k")
-    parser.add_argument("--sft_ratio", type=float, default=1.0, help="micro-steps of the sft (or rwr) phase to one of the reward phase")
-    parser.add_argument("--lr", type=float, default=5e-6, help="learning rate")
-    parser.add_argument("--lr_schedule", default="constant", choices=["constant", "linear", "cosine"], help="after the warm-up")
-    parser.add_argument("--warmup", type=int, default=0, help="iterations of linear warm-up")
-    parser.add_argument("--weight_decay", type=float, default=0.01, help="AdamW's weight decay")
-    parser.add_argument("--max_norm", type=float, default=1.0, help="gradient norm above which it is clipped")
-    parser.add_argument("--lora_rank", type=int, default=0, help="train adapters of this rank, weights "
-                        "frozen; 0 trains all; published: 128")
-    parser.add_argument("--lora_alpha", type=float, help="weight of the adapters times their rank; None: the rank")
-    parser.add_argument("--lora_targets", nargs="+", default=["q", "k", "v", "o"], help="linear layers with adapters")
-    parser.add_argument("--ema", type=float, default=0.0, help="decay of an average of the weights, saved beside them, sampled and "
-                        "evaluated; 0: none; published: 0.99")
-    parser.add_argument("--task", nargs="+", help="label that is rewarded, or a weighted sum: motion_quality=0.7 text_alignment=0.3; "
-                        "None: the reward model's first")
-    parser.add_argument("--reward_weight", type=float, default=0.1, help="weight of the reward loss (lambda)")
-    parser.add_argument("--reward_form", default="hinge", choices=["hinge", "log_sigmoid", "logit"], help="what is made of the logit")
-    parser.add_argument("--judge", default="next", choices=["next", "clean"], help="what is judged: the noisy latent after the step "
-                        "(x_{t-1}), or the clean one it predicts (x_0), at timestep 0")
-    parser.add_argument("--k", nargs="+", default=["all"], help="steps that may be rewarded (s): all of 0 .. K - 2, their early, "
-                        "middle or late third, or numbers")
-    parser.add_argument("--gradient_steps", type=int, default=1, help="steps with gradient, the rewarded one last")
-    parser.add_argument("--rewards_per_rollout", type=int, default=1, help="different k that are rewarded on one rollout, their "
-                        "gradients averaged: cheaper a reward, but they share the noise and the rollout's beginning")
-    parser.add_argument("--rollout_steps", type=int, default=40, help="solver steps from noise to clip (K)")
-    parser.add_argument("--solver", default="unipc", choices=SOLVERS, help="of rollouts and samples")
-    parser.add_argument("--rollout_guidance", type=float, default=1.0, help="classifier-free guidance in the rollout; 1 is none")
-    parser.add_argument("--kl_weight", type=float, default=0.0, help="weight of |v - v_start|^2 at the steps with gradient, against "
-                        "the model as it started; takes a frozen copy of it, or none with --lora_rank")
-    parser.add_argument("--rwr_temperature", type=float, default=0.1, help="of reward-weighted regression (beta)")
-    parser.add_argument("--shift", type=float, default=5.0, help="shift of the noise levels, in all phases and in the samples")
-    parser.add_argument("--timesteps", nargs="+", default=["uniform"], help="draws of t in the sft phase: uniform (over the shifted "
-                        "table), logit_normal, or a list of timesteps")
-    parser.add_argument("--long_caption", type=float, default=0.7, help="probability of the long caption, else the short one")
-    parser.add_argument("--drop_prompt", type=float, default=0.1, help="probability of the empty prompt instead")
-    parser.add_argument("--samples", type=int, default=2, help="clips of fixed prompts and seeds that are made and "
-                        "measured as training goes on")
-    parser.add_argument("--sample_every", type=int, default=50, help="iterations between them, the first before training; 0: never")
-    parser.add_argument("--guidance", type=float, default=5.0, help="their guidance")
-    parser.add_argument("--stop_below", nargs=2, metavar=("MEASURE", "SHARE"), help="stop when the samples' reward has risen and this "
-                        "measure of them (motion_energy, contrast, saturation) is below this share of its start")
-    parser.add_argument("--seed", type=int, default=0, help="of the data order, the noise and every other draw")
-    parser.add_argument("--gather", default="auto", choices=["auto", "yes", "no"], help="keep the policy's weights gathered during a "
-                        "rollout: faster, and more memory; auto: where they take less than a quarter of the GPU's")
-    parser.add_execution(save_every=50)
+    parser = cli.Parser("Train a Wan model against a reward. Symbols are those at the head of train_prfl.py.")
+    group = parser.add_argument_group("models and data")
+    add = group.add_argument
+    add("--model", default="demo/model", help="official directory of the model to train (v)")
+    add("--reward", default="demo/reward",
+        help="reward model, a directory written by train_pavrm.py; or FILE.py with a class Reward "
+             "(docs/extend.md); or none, for --phases sft")
+    add("--labels", nargs="+", metavar="LABEL[=WEIGHT]",
+        help="the reward model's label to follow, or several with weights, such as motion_quality=0.7 "
+             "text_alignment=0.3 (default: its first label)")
+    add("--data", default="demo/train/index.jsonl", help="index of real clips (x_0), written by data.py")
+    add("--skip_poor", default="motion_quality", choices=[*LABELS, "none"],
+        help="leave out clips that are annotated as poor in this label; none: train on all clips")
+    add("--val", help="index of held-out clips, whose prompts are sampled during training (default: --data)")
+    add("--output", default="outputs/prfl", help="directory of the run: model, checkpoints, samples, log")
+    cli.add_data(group, long_caption=0.7, drop_prompt=0.1)
+    cli.add_lora(parser.add_argument_group("adapters"))
+
+    add = parser.add_argument_group("method").add_argument
+    add("--phases", nargs="+", default=["sft", "reward"], choices=["sft", "rwr", "reward"],
+        help="phases of each iteration")
+    add("--reward_weight", type=float, default=0.1, help="weight of the reward loss")
+    add("--reward_form", default="hinge", choices=["hinge", "log_sigmoid", "logit"],
+        help="how the logit becomes a loss: relu(2 - reward), -log(reward) or -logit")
+    add("--judge", default="next", choices=["next", "clean"],
+        help="what is judged: the noisy latent after the step (x_next), or the clean one it predicts (x_0)")
+    add("--k", nargs="+", default=["all"],
+        help="steps that may be rewarded: all of 0 .. K - 2, their early, middle or late third, or numbers")
+    add("--gradient_steps", type=int, default=1, help="solver steps with gradient; the last one is rewarded")
+    add("--solver", default="unipc", choices=SOLVERS, help="solver of rollouts and samples")
+    add("--solver_steps", type=int, default=40, help="solver steps from noise to a clip (K)")
+    add("--rollout_guidance", type=float, default=1.0, help="classifier-free guidance in rollouts; 1 is none")
+    add("--kl_weight", type=float, default=0.0,
+        help="weight of |v - v_start|^2 at the steps with gradient, v_start being the model before training: "
+             "a frozen copy, or the model without its adapters")
+    add("--rwr_temperature", type=float, default=0.1, help="temperature of reward-weighted regression")
+
+    group = parser.add_argument_group("optimization")
+    group.add_argument("--steps", type=int, default=100, help="iterations; the published number is not known")
+    cli.add_optimization(group, lr=5e-6, accumulation=5)
+
+    add = parser.add_argument_group("samples during training").add_argument
+    add("--samples", type=int, default=2, help="clips of fixed prompts and seeds that are made and measured")
+    add("--sample_every", type=int, default=50,
+        help="iterations between samples; the first are made before training; 0: never")
+    add("--sample_guidance", type=float, default=5.0, help="classifier-free guidance of the samples")
+    add("--stop_if_hacked", action="store_true",
+        help="stop when the samples show that the reward is being hacked (monitor.py has the rule)")
+    cli.add_execution(parser, save_every=50)
     return parser.parse_args(argv)
 
 
-# ---------------------------------------------------------------------------------------------- the method
+# ------------------------------------------------------------------------------ the method
 
 def sft_loss(velocity, x0, noise, sigma, t, weight=1.0):
-    """Flow-matching loss (scalar): x0, noise (B, C, F, H, W), noise level sigma (B,) and its timestep t (B,), weight (B,)."""
+    """Flow-matching loss, a scalar.
+
+    x0, noise (B, C, F, H, W); noise level sigma (B,) and its timestep t (B,); weight (B,) or a number.
+    """
     error = velocity(add_noise(x0, noise, sigma), t) - flow_matching_target(x0, noise)
     return (weight * error.square().flatten(1).mean(1)).mean()
 
 
-def rewarded_steps(velocity, pavrm, solver, x, ks, gradient_steps=1, judge="next", start=None, rollout=torch.no_grad):
-    """Roll out from noise x (B, C, F, H, W) and have each step k of `ks` judged, one after the other.
+def rewarded_step(velocity, judge, solver, x, k, gradient_steps=1, judged="next", start=None,
+                  rollout=torch.no_grad):
+    """Roll out from noise x (B, C, F, H, W) to step k, take that step with gradient, and have the result
+    judged.
 
-    A rewarded step is done again without gradient where the rollout goes on to the next k.
-    Yields k, the judged latents (B, C, F, H, W), their logits, and the mean square distance of the steps' velocities to
-    those of `start`, all with gradient through the last `gradient_steps` steps and no further. velocity(x, t), start(x, t)
-    and pavrm(x, t) know their condition. The latents stay float32 throughout.
+    velocity(x, t), start(x, t) and judge(x, t) know the clips' condition. The latents stay float32
+    throughout. Returns the judged latents (B, C, F, H, W), what `judge` says of them, and the mean square
+    distance of the velocities to those of `start` (0 without one); all with gradient through the last
+    `gradient_steps` steps and no further. `rollout()` is a context without gradient.
     """
-    at = 0
-    for k in sorted(ks):
-        first = max(k - gradient_steps + 1, 0)
-        if first > at:
-            with rollout():
-                x = walk(velocity, x, solver, at, first)
-            at = first
-        # `solver` remembers the steps before; a copy goes on from there, so that the rollout may continue without gradient.
-        branch, z, distance = copy(solver), x, torch.zeros((), device=x.device)
-        for i in range(first, k + 1):
-            t = timestep(solver, i, z)
-            v = velocity(z, t)
-            if start:
-                with torch.no_grad():
-                    v_start = start(z, t)
-                distance = distance + (v - v_start).square().mean() / (k + 1 - first)
-            before, z = z, branch.step(v, i, z)
-        if judge == "clean":
-            z, t_next = before - solver.sigmas[k].item() * v, torch.zeros_like(t)
-        else:
-            t_next = timestep(solver, k + 1, z)
-        yield k, z, pavrm(z, t_next), distance
+    first = max(k - gradient_steps + 1, 0)
+    if first > 0:
+        with rollout():
+            x = walk(velocity, x, solver, last=first)
+
+    distance = torch.zeros((), device=x.device)
+    for i in range(first, k + 1):
+        t = timestep(solver, i, x)
+        v = velocity(x, t)
+        if start:
+            with torch.no_grad():
+                v_start = start(x, t)
+            distance = distance + (v - v_start).square().mean() / (k + 1 - first)
+        before = x
+        x = solver.step(v, i, x)
+
+    if judged == "clean":
+        clean = before - float(solver.sigmas[k]) * v  # the one-step prediction of x_0
+        return clean, judge(clean, torch.zeros_like(t)), distance
+    return x, judge(x, timestep(solver, k + 1, x)), distance
 
 
 def rewardable(words, steps):
-    """The steps k that --k names, of a solver of K steps: the last step is never one, since nothing comes after it."""
+    """The steps k that --k names, of `steps` solver steps. The last step is never one: nothing comes after
+    it."""
     if steps < 2:
-        raise InputError(f"--rollout_steps {steps} leaves no step to reward; give at least 2")
+        raise InputError(f"--solver_steps {steps} leaves no step to reward; give at least 2")
     third = (steps - 1) / 3
     thirds = {"all": (0, 3), "early": (0, 1), "middle": (1, 2), "late": (2, 3)}
     if len(words) == 1 and words[0] in thirds:
-        ks = list(range(*(round(third * part) for part in thirds[words[0]])))
+        begin, end = thirds[words[0]]
+        ks = list(range(round(third * begin), round(third * end)))
     elif all(word.isdigit() for word in words):
         ks = sorted({int(word) for word in words})
     else:
         raise InputError(f"--k {' '.join(words)} names no steps; give all, early, middle, late, or numbers")
     if not ks or max(ks) > steps - 2:
-        raise InputError(f"--k {' '.join(words)} does not fit {steps} rollout steps; k can be 0 to {steps - 2}")
+        raise InputError(f"--k {' '.join(words)} does not fit {steps} solver steps; k is 0 to {steps - 2}")
     return ks
 
 
-# ---------------------------------------------------------------------------------------------- training
+# ------------------------------------------------------------------------------ batches
+
+class Batch(NamedTuple):
+    """This process's part of a micro-step."""
+    x0: torch.Tensor      # real clips (B, C, F, H, W)
+    noise: torch.Tensor   # (B, C, F, H, W)
+    texts: list           # states of B prompts (n_i, text_dim)
+    negative: list        # B times the states of the negative prompt
+    condition: dict       # image to video: y, clip_fea
+    keys: list            # (seed, micro_step, place) of each clip, for further draws
+    names: list           # source_id of each clip, for messages
+
+    def velocity(self, model):
+        """The model's velocity(x, t, negative_prompt) for these clips."""
+        def velocity(x, t, negative_prompt=False):
+            return model(x, t, self.negative if negative_prompt else self.texts, **self.condition)
+        return velocity
+
+
+class Batches:
+    """Reads the clips of an iteration (in a thread, ahead of time) and makes them into batches."""
+
+    def __init__(self, clips, order, config, args, device):
+        self.clips, self.order, self.config, self.args, self.device = clips, order, config, args, device
+        self.empty = clips.prompts["empty"].to(device)
+        self.negative = clips.prompts["negative"].to(device)
+
+    def read(self, step):
+        """{micro_step: this process's clips} of an iteration."""
+        micro_steps = range(step * self.args.accumulation, (step + 1) * self.args.accumulation)
+        return {n: [self.clips.load(i) for _, i in parallel.share(self.order[n])] for n in micro_steps}
+
+    def make(self, micro_step, phase, samples):
+        """The batch of a micro-step. Both phases see the same clips and captions, with noise of their own."""
+        args = self.args
+        keys = [(args.seed, micro_step, place) for place, _ in parallel.share(self.order[micro_step])]
+        x0, condition = collate(samples, self.config, self.device)
+        texts = []
+        for sample, key in zip(samples, keys, strict=True):
+            texts.append(choose_caption(sample, self.empty, args.long_caption, args.drop_prompt, *key))
+        noise = torch.stack([parallel.noise(x0.shape[1:], *key, phase) for key in keys]).to(self.device)
+        names = [sample["entry"]["source_id"] for sample in samples]
+        return Batch(x0, noise, texts, [self.negative] * len(texts), condition, keys, names)
+
+
+# ------------------------------------------------------------------------------ models
+
+def load(model, dit, heads, directory, run_block, device, args):
+    """Shard a model that has no weights yet over all processes, and read each process's part of the weights.
+
+    `dit` is its transformer, `heads` the modules at its end, which compute in float32.
+    """
+    float32 = [dit.time_embedding, dit.time_projection, *heads]
+    parallel.shard(model, dit.blocks, float32, device, args)
+    load_weights(model.to_empty(device=parallel.storage(args, device)), directory)
+    dit.run_block = run_block
+
+
+def make_reward(policy, device, args):
+    """The reward to follow, a PAVRM still without weights. FILE.py: its class Reward, called with (args,
+    device)."""
+    if args.reward.endswith(".py"):
+        if not Path(args.reward).is_file():
+            raise InputError(f"--reward {args.reward} does not exist; check the path")
+        found = runpy.run_path(args.reward)
+        if "Reward" not in found:
+            raise InputError(f"--reward {args.reward} has no class Reward; docs/extend.md shows one")
+        return found["Reward"](args, device)
+    pavrm = PAVRM.on_meta(args.reward).requires_grad_(False)
+    check_fit(pavrm, policy, args.reward, args.model)
+    return ProcessReward(pavrm, parse_labels(args.labels, pavrm), args.reward_weight, args.reward_form)
+
+
+def start_velocity(frozen, batch, args):
+    """The guided velocity of the model before training, with adapters off."""
+    velocity = guided(batch.velocity(frozen), args.rollout_guidance)
+
+    def start(x, t):
+        with without_adapters(frozen):
+            return velocity(x, t)
+    return start
+
+
+def export(policy, ema, directory, args):
+    """Write the model in the official layout, and its average and adapters where the run has them."""
+    for suffix in ("", "_ema") if ema else ("",):
+        with ema.swapped() if suffix else nullcontext():
+            policy.save_pretrained(Path(directory, f"model{suffix}"), torch.float32)
+            if args.lora_rank:
+                save_adapter(policy, Path(directory, f"adapter{suffix}.safetensors"))
+
+
+# ------------------------------------------------------------------------------ training
 
 def main(argv=None):
     args = parse_args(argv)
     device = parallel.start(args.sp, args.timeout)
     records.check_run(args)
-    sampling = args.sample_every if args.samples else 0
     if len(set(args.phases)) < len(args.phases):
-        raise InputError(f"--phases {' '.join(args.phases)} names one twice; give each once")
-    choices = rewardable(args.k, args.rollout_steps)
-    if not 1 <= args.rewards_per_rollout <= len(choices):
-        raise InputError(f"--rewards_per_rollout {args.rewards_per_rollout} is not possible with {len(choices)} k; give 1 to {len(choices)}")
-    if args.stop_below and (args.stop_below[0] not in ("motion_energy", "contrast", "saturation") or args.reward == "none"
-                            or not args.stop_below[1].replace(".", "", 1).isdigit() or not sampling):
-        raise InputError(f"--stop_below {' '.join(args.stop_below)} cannot be judged; give motion_energy, contrast or saturation "
-                         f"and a share like 0.5, with a reward model and samples")
+        raise InputError(f"--phases {' '.join(args.phases)} repeats a phase; give each once")
+    sampling = args.sample_every if args.samples else 0
+    if args.stop_if_hacked and (not sampling or args.reward == "none"):
+        raise InputError("--stop_if_hacked looks at the rewards of samples; give --reward, --samples and "
+                         "--sample_every, or leave it out")
+    solver = SOLVERS[args.solver](args.solver_steps, args.shift)
+    choices = rewardable(args.k, len(solver.timesteps))
+
+    # ---- data: the clips to train on, and the order in which they come
     clips, val_clips = Clips(args.data), Clips(args.val or args.data)
-    clips.check(), val_clips.check()
-    empty_prompt, negative_prompt = (clips.prompts[name].to(device) for name in ("empty", "negative"))
-    good = [i for i, entry in enumerate(clips.entries) if args.good == "none" or label(entry["labels"], args.good) != 0]
-    order = Order([entry["shape"] for entry in clips.entries], args.batch_size, args.seed, good)
+    clips.check()
+    val_clips.check()
+    kept = []
+    for i, entry in enumerate(clips.entries):
+        if args.skip_poor == "none" or label_of(entry["labels"], args.skip_poor) != 0:
+            kept.append(i)
+    order = Order([entry["shape"] for entry in clips.entries], args.batch_size, args.seed, kept)
     schedule = TrainingSchedule(args.shift, args.timesteps)
 
-    # Both models as structure only, without weights, to see that everything fits before anything large is loaded.
+    # ---- models without weights, to refuse what does not fit before anything large is loaded
     policy = WanModel.on_meta(args.model)
     collate([clips.load(0)], policy.config, "cpu")
-    pavrm = PAVRM.on_meta(args.reward).requires_grad_(False) if args.phases != ["sft"] or sampling and args.reward != "none" else None
-    tasks = parse_tasks(args.task, pavrm) if pavrm else {}
-    if pavrm:
-        check_fit(pavrm, policy, args.reward, args.model)
-    vae = WanVAE.from_pretrained(Path(args.model, VAE_FILE), device=device) if sampling else None
+    reward, vae = None, None
+    if args.phases != ["sft"] or (sampling and args.reward != "none"):
+        reward = make_reward(policy, device, args)
+    if sampling:
+        import monitor  # writes videos with av, which training itself does not need
+        vae = WanVAE.from_pretrained(Path(args.model, VAE_FILE), device=device)
 
-    # Shard each over all processes (the modules named one by one compute in float32), give each shard its memory, then
-    # read the weights into it.
-    storage, run_block = parallel.storage(args, device), block_runner(args, device)
-
-    def load_policy(model):
-        parallel.shard(model, model.blocks, [model.time_embedding, model.time_projection, model.head], device, args)
-        load_weights(model.to_empty(device=storage), args.model)
-        model.run_block = run_block
-        return model
-
+    # ---- the models sharded over all processes, with their weights
+    run_block = block_runner(args, device)  # one for all models: they share the buffers of offloaded inputs
     if args.lora_rank:
         add_lora(policy, args.lora_rank, args.lora_alpha or args.lora_rank, args.lora_targets)
-    load_policy(policy)
+    load(policy, policy, [policy.head], args.model, run_block, device, args)
     start_lora(policy, args.seed)
-    frozen = load_policy(WanModel.on_meta(args.model).requires_grad_(False)) if args.kl_weight and not args.lora_rank else policy
-    if pavrm:
-        dit = pavrm.dit
-        parallel.shard(pavrm, dit.blocks, [dit.time_embedding, dit.time_projection, *pavrm.heads], device, args)
-        load_weights(pavrm.to_empty(device=storage), args.reward)
-        dit.run_block = run_block
+    frozen = policy  # for --kl_weight: the policy with its adapters off, or a copy
+    if args.kl_weight and not args.lora_rank:
+        frozen = WanModel.on_meta(args.model).requires_grad_(False)
+        load(frozen, frozen, [frozen.head], args.model, run_block, device, args)
+    if isinstance(reward, ProcessReward):
+        load(reward.pavrm, reward.pavrm.dit, reward.pavrm.heads, args.reward, run_block, device, args)
 
+    # ---- the optimizer, and what the run records
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=device.type == "cuda")
-    ema = parallel.EMA(policy, args) if args.ema else None
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay,
+                                  fused=device.type == "cuda")
+    ema = EMA(policy, args) if args.ema else None
     checkpoints = records.Checkpoints(args, policy, optimizer, ema)
     first_step = checkpoints.load() if args.resume else 0
     log = records.Log(args, first_step, device)
-    log.say(f"training {args.model} on {len(good)} clips, {len(clips) - len(good)} poor ones left out; "
-            f"sample videos go to {args.output}/samples; {parallel.describe(args, policy, device)}")
-    sft_count = max(round(args.accumulation * args.sft_ratio), 1)
-
-    def micro_steps(step, phase):
-        count = args.accumulation if phase == "reward" else sft_count
-        return range(step * count, (step + 1) * count)
-
-    def load(step):
-        """{micro_step: what this process reads for it}; a thread does so while the step before is computed."""
-        needed = sorted({micro_step for phase in args.phases for micro_step in micro_steps(step, phase)})
-        return {micro_step: [clips.load(i) for _, i in parallel.share(order[micro_step])] for micro_step in needed}
-
-    def micro_batch(micro_step, phase, samples):
-        """This process's part of a micro-step: x_0 and noise (B, C, F, H, W), the functions velocity(x, t, negative_prompt),
-        start(x, t) and reward_logits(x, t) -> (B, labels) that know the clips' condition, and keys for further draws, one a
-        clip. With --sft_ratio 1 both phases of an iteration see the same clips and captions."""
-        keys = [(args.seed, micro_step, place) for place, _ in parallel.share(order[micro_step])]
-        x0, condition = collate(samples, policy.config, device)
-        texts = [choose_caption(sample, empty_prompt, args.long_caption, args.drop_prompt, *key) for sample, key in zip(samples, keys)]
-        noise = torch.stack([parallel.noise(x0.shape[1:], *key, phase) for key in keys]).to(device)
-
-        def velocity(x, t, negative=False, model=policy):
-            return model(x, t, [negative_prompt] * len(x) if negative else texts, **condition)
-
-        def start(x, t):
-            with without_adapters(frozen):
-                return guided(lambda *inputs: velocity(*inputs, model=frozen), args.rollout_guidance)(x, t)
-
-        def reward_logits(x, t):
-            return pavrm(x, t, texts, **condition, tasks=list(tasks))
-
-        return x0, noise, velocity, start, reward_logits, keys
-
-    def export(directory):
-        for suffix in ("", "_ema") if ema else ("",):
-            with ema.swapped() if suffix else nullcontext():
-                policy.save_pretrained(Path(directory, f"model{suffix}"), torch.float32)
-                if args.lora_rank:
-                    save_adapter(policy, Path(directory, f"adapter{suffix}.safetensors"))
-
+    log.say(f"training {args.model} on {len(kept)} clips, {len(clips) - len(kept)} poor ones left out; "
+            f"sample videos go to {args.output}/samples; {records.describe(args, policy, device)}")
+    for warning in order.repeated:
+        log.say(warning)
     if sampling and first_step == 0:
-        evaluate(policy, pavrm, tasks, vae, val_clips, 0, args, device, log)
+        monitor.evaluate(policy, reward, vae, val_clips, 0, args, device, log)
         log.pause()
+
+    batches = Batches(clips, order, policy.config, args, device)
     rollout = partial(parallel.rollout, policy, parallel.gathers(args, policy, device))
     records.stop_on_signals()
-    done, stop, stopped_by = first_step, False, None
-    for step, samples in ahead(load, range(first_step, args.steps)):
+    done, hacked, stopped_by = first_step, False, None
+    for step, samples in prefetch(batches.read, range(first_step, args.steps)):
         logged = {}
         for group in optimizer.param_groups:
             group["lr"] = args.lr * parallel.learning_rate_factor(step, args)
 
-        for phase in [phase for phase in args.phases if phase != "reward"]:  # sft or rwr
+        # ---- phase 1: flow matching on real clips (sft), weighted by their rewards (rwr)
+        for phase in [phase for phase in args.phases if phase != "reward"]:
             optimizer.zero_grad()
             losses = []
-            for micro_step in micro_steps(step, "sft"):
-                x0, noise, velocity, _, reward_logits, keys = micro_batch(micro_step, "sft", samples[micro_step])
-                levels = [schedule.draw(parallel.uniform(*key, "timestep")) for key in keys]
-                sigma, t = (torch.tensor(column, dtype=torch.float32, device=device) for column in zip(*levels))    # (B,)
+            for micro_step, read in samples.items():
+                batch = batches.make(micro_step, "sft", read)
+                levels = [schedule.draw(parallel.uniform(*key, "timestep")) for key in batch.keys]
+                sigma = torch.tensor([sigma for sigma, _ in levels], device=device)            # (B,)
+                t = torch.tensor([float(t) for _, t in levels], device=device)                 # (B,)
                 weight = 1.0
                 if phase == "rwr":
                     with torch.no_grad():
-                        reward = reward_of(reward_logits(add_noise(x0, noise, sigma), t), tasks)
-                        weight = ((reward - sum(tasks.values())) / args.rwr_temperature).exp()                      # (B,), up to 1
-                loss = sft_loss(velocity, x0, noise, sigma, t, weight)
-                (loss / sft_count).backward()
-                losses.append((loss.detach(), sources(samples[micro_step]), None))
+                        x = add_noise(batch.x0, batch.noise, sigma)
+                        value = reward.value(reward.scores(x, t, batch))
+                        weight = ((value - reward.largest) / args.rwr_temperature).exp()       # (B,), up to 1
+                loss = sft_loss(batch.velocity(policy), batch.x0, batch.noise, sigma, t, weight)
+                (loss / args.accumulation).backward()
+                losses.append((loss.detach(), batch.names, None))
             logged[f"{phase}_norm"] = parallel.clip_gradients(trained, args.max_norm)
             checkpoints.check_finite(logged[f"{phase}_norm"], step + 1, losses, args.seed)
             optimizer.step()
             logged[f"{phase}_loss"] = parallel.mean(torch.stack([loss for loss, *_ in losses]))
 
+        # ---- phase 2: roll out from noise to step k, take one step with gradient, follow the reward
         if "reward" in args.phases:
             optimizer.zero_grad()
-            losses, rewards, distances = [], [], []
-            for micro_step in micro_steps(step, "reward"):
-                _, noise, velocity, start, reward_logits, _ = micro_batch(micro_step, "reward", samples[micro_step])
-                # The same k for all processes: with different ones they would meet in different collectives.
-                drawn = torch.randperm(len(choices), generator=parallel.generator(args.seed, micro_step, "k"))
-                drawn = [choices[i] for i in drawn[:args.rewards_per_rollout]]
-                solver = SOLVERS[args.solver](args.rollout_steps, args.shift)
-                for k, _, logits, distance in rewarded_steps(guided(velocity, args.rollout_guidance), reward_logits, solver, noise, drawn,
-                                                             args.gradient_steps, args.judge, start if args.kl_weight else None, rollout):
-                    loss = sum(weight * reward_loss(logits[:, i], args.reward_weight, args.reward_form)
-                               for i, weight in enumerate(tasks.values())) + args.kl_weight * distance
-                    (loss / args.accumulation / len(drawn)).backward()
-                    losses.append((loss.detach(), sources(samples[micro_step]), k))
-                    rewards.append(reward_of(logits.detach(), tasks).mean())
-                    distances.append(distance.detach())
+            losses, values, distances = [], [], []
+            for micro_step, read in samples.items():
+                batch = batches.make(micro_step, "reward", read)
+                velocity = guided(batch.velocity(policy), args.rollout_guidance)
+                start = start_velocity(frozen, batch, args) if args.kl_weight else None
+                judge = partial(reward.scores, batch=batch)
+                # One k for all processes: with different ones they would meet in different collectives.
+                draw = parallel.generator(args.seed, micro_step, "k")
+                k = choices[torch.randperm(len(choices), generator=draw)[0]]
+                _, scores, distance = rewarded_step(velocity, judge, solver, batch.noise, k,
+                                                    args.gradient_steps, args.judge, start, rollout)
+                loss = reward.loss(scores) + args.kl_weight * distance
+                (loss / args.accumulation).backward()
+                losses.append((loss.detach(), batch.names, k))
+                values.append(reward.value(scores.detach()).mean())
+                distances.append(distance.detach())
             logged["reward_norm"] = parallel.clip_gradients(trained, args.max_norm)
             checkpoints.check_finite(logged["reward_norm"], step + 1, losses, args.seed)
             optimizer.step()
-            logged |= {"reward_loss": parallel.mean(torch.stack([loss for loss, *_ in losses])),
-                       "reward": parallel.mean(torch.stack(rewards)), "k": [k for *_, k in losses]}
+            logged["reward_loss"] = parallel.mean(torch.stack([loss for loss, *_ in losses]))
+            logged["reward"] = parallel.mean(torch.stack(values))
+            logged["k"] = [k for *_, k in losses]
             if args.kl_weight:
                 logged["kl"] = parallel.mean(torch.stack(distances))
 
+        # ---- after the step: average, log, look at samples, save
         if ema:
             ema.update()
         done = step + 1
@@ -325,91 +386,26 @@ def main(argv=None):
         stopped_by = records.stop_asked()
         if sampling and (done % sampling == 0 or done == args.steps) and not stopped_by:
             with ema.swapped() if ema else nullcontext():
-                stop = evaluate(policy, pavrm, tasks, vae, val_clips, done, args, device, log)
+                hacked = monitor.evaluate(policy, reward, vae, val_clips, done, args, device, log)
+        stop = stopped_by or (hacked and args.stop_if_hacked)
         checkpoints.check()
-        if done % args.save_every == 0 or done == args.steps or stop or stopped_by:
+        if done % args.save_every == 0 or done == args.steps or stop:
             checkpoints.save(done)
         if args.export_every and done % args.export_every == 0:
-            export(Path(args.output, "exports", f"step_{done:06d}"))
+            export(policy, ema, Path(args.output, "exports", f"step_{done:06d}"), args)
         log.pause()
-        if stop or stopped_by:
+        if stop:
             break
 
-    checkpoints.finish(), log.finish()
+    # ---- the end: wait until all is written, then write the result
+    checkpoints.finish()
+    log.finish()
     if stopped_by and done < args.steps:
-        log.say(f"stopped by {stopped_by} after step {done}; --resume goes on from there")
+        log.say(f"stopped by {stopped_by} after step {done}; --resume continues from there")
         return
-    export(args.output)
+    export(policy, ema, args.output, args)
     log.say(f"the trained model is in {args.output}/model")
 
 
-def sources(samples):
-    """For messages: which clips these are."""
-    return [sample["entry"]["source_id"] for sample in samples]
-
-
-def reward_of(logits, tasks):
-    """The reward (B,) of logits (B, labels): the sum of their sigmoids, weighted."""
-    return logits.sigmoid() @ torch.tensor(list(tasks.values()), device=logits.device)
-
-
-@torch.no_grad()
-def evaluate(policy, pavrm, tasks, vae, clips, step, args, device, log):
-    """Make clips of fixed prompts and seeds and measure them, so that one sees what training changes, and reward hacking:
-
-    reward: mean reward of the clips, noised again; saturated: share of them above 0.95
-    velocity_distance: mean |v - v_start|^2 on the prompt's own clip, noised, v_start being that of the model before training
-    motion_energy, contrast, saturation: of the decoded videos, see data.clip_statistics
-
-    Videos go to OUTPUT/samples. Returns whether --stop_below asks to stop.
-    """
-    directory, first = (Path(args.output, "samples", f"step_{number:06d}") for number in (step, 0))
-    negative, schedule = clips.prompts["negative"].to(device), TrainingSchedule(args.shift)
-    names, rows = [], torch.zeros(0)
-    for n, counts in parallel.deal(min(args.samples, len(clips))):
-        sample = clips.load(n)
-        x0, condition = collate([sample], policy.config, device)
-        text = sample["text_long"].to(device)
-        noise = parallel.noise(x0.shape, args.seed, n, "sample").to(device)
-        measures = {"velocity_distance": 0.0 if step == 0 else math.nan}
-
-        def velocity(x, t, negative_prompt=False):
-            return policy(x, t, [negative if negative_prompt else text], **condition)
-
-        latents = walk(guided(velocity, args.guidance), noise, SOLVERS[args.solver](args.rollout_steps, args.shift))
-        if pavrm:
-            fresh = parallel.noise(x0.shape, args.seed, n, "score").to(device)
-            logits = process_logits(pavrm, latents, text, condition, fresh, REWARD_TIMESTEPS, list(tasks), shift=args.shift)
-            measures["reward"] = reward_of(logits, tasks).mean().item()
-            measures["saturated"] = float(measures["reward"] > 0.95 * sum(tasks.values()))
-        levels = {f"t{t}": (schedule.near(t), torch.tensor([float(t)], device=device)) for t in (250, 500, 750)}
-        velocities = {name: velocity(add_noise(x0, noise, sigma), t).cpu() for name, (sigma, t) in levels.items()}
-        if step == 0 and counts:
-            write_safetensors(first / f"{n}.safetensors", velocities)
-        if step > 0 and Path(first, f"{n}.safetensors").is_file():
-            before = open_safetensors(first / f"{n}.safetensors")
-            measures["velocity_distance"] = sum((v - before.get_tensor(name)).square().mean().item() / 3 for name, v in velocities.items())
-        video = to_uint8(vae.decode(latents)[0].cpu())
-        measures |= clip_statistics(video)
-        names, rows = list(measures), rows if len(rows) else torch.zeros(min(args.samples, len(clips)), len(measures))
-        if counts:
-            rows[n] = torch.tensor(list(measures.values()))
-            log.later(write_video, directory / f"{n}.mp4", video, sample["entry"].get("fps", 16))
-    dist.all_reduce(rows)  # each rank has zeros where others have worked
-    measures = {name: value for name, value in zip(names, rows.mean(0).tolist()) if not math.isnan(value)}
-    log.write({"step": step, "evaluation": measures})
-    log.say("  samples:  " + "  ".join(f"{name} {value:.4g}" for name, value in measures.items()))
-    if is_main():
-        write_json(directory / "evaluation.json", measures)
-    if not args.stop_below or step == 0:
-        return False
-    start, (name, share) = read_json(first / "evaluation.json"), args.stop_below
-    hacked = measures["reward"] > start["reward"] and measures[name] < float(share) * start[name]
-    if hacked:
-        log.say(f"stopped: the samples' reward has risen from {start['reward']:.3f} to {measures['reward']:.3f}, while {name} has "
-                f"fallen from {start[name]:.4g} to {measures[name]:.4g}")
-    return hacked
-
-
 if __name__ == "__main__":
-    parallel.run(main)
+    cli.run(main)

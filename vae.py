@@ -1,11 +1,12 @@
 """The Wan2.1 video autoencoder: a causal 3-D convolutional VAE, 8x smaller in space and 4x in time.
 
-A video of 1 + 4n frames becomes 1 + n latent frames of 16 channels. Nothing looks into the future, so encoder and
-decoder walk through time in chunks: the encoder takes 1, 4, 4, ... frames, the decoder one latent frame at a time.
-Each causal convolution keeps its last two input frames for the next chunk, in a `cache` that belongs to one walk, so
-memory does not grow with the video's length and the result equals one pass over the whole video.
+A video of 1 + 4n frames becomes 1 + n latent frames of 16 channels. Nothing looks into the future, so the
+encoder and the decoder walk through time in chunks: the encoder takes 1, 4, 4, ... frames, the decoder one
+latent frame at a time. Each causal convolution keeps its last two input frames for the next chunk, in a
+`cache` that belongs to one walk. Memory does not grow with the length of the video, and the result equals one
+pass over the whole video.
 
-Both directions are differentiable. Layer names are the official checkpoint's (`Wan2.1_VAE.pth`).
+Both directions are differentiable. Layers have the names of the official checkpoint (`Wan2.1_VAE.pth`).
 """
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,8 @@ from einops import rearrange
 from torch import nn
 
 from files import InputError, load_weights, weight_shapes
+
+VAE_FILE = "Wan2.1_VAE.pth"  # in a model's directory
 
 # Per-channel statistics of the official latents; `encode` returns (latent - mean) / std.
 MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
@@ -22,13 +25,13 @@ STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
 
 
 class CausalConv3d(nn.Conv3d):
-    """A 3-D convolution whose last kernel frame lies on the current frame: k - 1 frames of the past stand in front."""
+    """A 3-D convolution that sees the current frame and, before it, the last k - 1 frames of the past."""
 
     def forward(self, x, cache):
         past_frames = self.kernel_size[0] - 1
         if past_frames:
             past = cache.get(self)
-            if past is None:
+            if past is None:  # the first chunk
                 past = x.new_zeros(*x.shape[:2], past_frames, *x.shape[3:])
             x = torch.cat([past, x], dim=2)                            # (B, C, k - 1 + T, H, W)
             cache[self] = x[:, :, -past_frames:].clone()  # a clone: a view would keep the whole chunk alive
@@ -40,7 +43,7 @@ def causal_conv(in_dim, out_dim, kernel):
 
 
 class RMSNorm(nn.Module):
-    """x / ||x||_2 * sqrt(C) * gamma over the channels of (B, C, ...); `axes` spatial and temporal axes follow C."""
+    """x / ||x||_2 * sqrt(C) * gamma over the channels of (B, C, ...). axes: how many axes follow C."""
 
     def __init__(self, dim, axes):
         super().__init__()
@@ -54,17 +57,20 @@ class RMSNorm(nn.Module):
 class ResidualBlock(nn.Module):
     def __init__(self, in_dim, out_dim):
         super().__init__()
-        self.residual = nn.Sequential(RMSNorm(in_dim, 3), nn.SiLU(), causal_conv(in_dim, out_dim, 3),
-                                      RMSNorm(out_dim, 3), nn.SiLU(), nn.Dropout(0.0), causal_conv(out_dim, out_dim, 3))
+        self.residual = nn.Sequential(
+            RMSNorm(in_dim, 3), nn.SiLU(), causal_conv(in_dim, out_dim, 3),
+            RMSNorm(out_dim, 3), nn.SiLU(), nn.Dropout(0.0), causal_conv(out_dim, out_dim, 3))
         self.shortcut = causal_conv(in_dim, out_dim, 1) if in_dim != out_dim else None
 
     def forward(self, x, cache):
-        h = walk(self.residual, x, cache)
-        return h + (x if self.shortcut is None else self.shortcut(x, cache))
+        h = walk(self.residual, x, cache)                              # (B, C', T, H, W)
+        if self.shortcut is not None:
+            x = self.shortcut(x, cache)
+        return h + x
 
 
 class AttentionBlock(nn.Module):
-    """One-head self-attention among the pixels of each frame."""
+    """Self-attention with one head among the pixels of each frame."""
 
     def __init__(self, dim):
         super().__init__()
@@ -82,7 +88,7 @@ class AttentionBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the height and width; with `temporal` also half the frames, except the video's first, which passes alone."""
+    """Halve height and width and, if `temporal`, the frames too. The video's first frame passes alone."""
 
     def __init__(self, dim, temporal):
         super().__init__()
@@ -101,7 +107,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the height and width; with `temporal` also twice the frames, except the video's first, which passes alone."""
+    """Double height and width and, if `temporal`, the frames too. The video's first frame passes alone."""
 
     def __init__(self, dim, temporal):
         super().__init__()
@@ -114,21 +120,26 @@ class Upsample(nn.Module):
             if self in cache:
                 x = self.time_conv(x, cache)                           # (B, 2 C, T, H, W)
                 x = rearrange(x, "b (two c) t h w -> b c (t two) h w", two=2)
-            # The first frame never enters time_conv: the second chunk finds zeros for its past, not that frame.
+            # The first frame never enters time_conv, so the past of the second chunk is zeros, not that
+            # frame.
             cache[self] = True
         return per_frame(self.resample, x)                             # (B, C/2, T or 2 T, 2 H, 2 W)
 
 
 def per_frame(layer, x):
+    """Apply a 2-D layer to each frame of (B, C, T, H, W)."""
     frames = x.shape[2]
-    return rearrange(layer(rearrange(x, "b c t h w -> (b t) c h w")), "(b t) c h w -> b c t h w", t=frames)
+    x = layer(rearrange(x, "b c t h w -> (b t) c h w"))
+    return rearrange(x, "(b t) c h w -> b c t h w", t=frames)
 
 
 def walk(layers, x, cache):
-    """Run layers in order, with the cache for those that look back in time."""
+    """Run layers in order; those that look back in time get the cache."""
     for layer in layers:
-        stateless = isinstance(layer, (RMSNorm, nn.SiLU, nn.Dropout))
-        x = layer(x) if stateless else layer(x, cache)
+        if isinstance(layer, (RMSNorm, nn.SiLU, nn.Dropout)):
+            x = layer(x)
+        else:
+            x = layer(x, cache)
     return x
 
 
@@ -143,9 +154,10 @@ class Encoder(nn.Module):
         self.conv1 = causal_conv(3, dim, 3)
         layers = []
         for level in range(4):
-            layers += [ResidualBlock(widths[level], widths[level + 1]), ResidualBlock(widths[level + 1], widths[level + 1])]
+            width, out = widths[level], widths[level + 1]
+            layers += [ResidualBlock(width, out), ResidualBlock(out, out)]
             if level < 3:
-                layers.append(Downsample(widths[level + 1], temporal=level > 0))
+                layers.append(Downsample(out, temporal=level > 0))
         self.downsamples = nn.Sequential(*layers)
         self.middle = middle(4 * dim)
         self.head = nn.Sequential(RMSNorm(4 * dim, 3), nn.SiLU(), causal_conv(4 * dim, z_dim, 3))
@@ -161,7 +173,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.conv1 = causal_conv(z_dim, 4 * dim, 3)
         self.middle = middle(4 * dim)
-        layers, width = [], 4 * dim
+        layers = []
+        width = 4 * dim
         for level, out in enumerate([4 * dim, 4 * dim, 2 * dim, dim]):
             layers += [ResidualBlock(width, out), ResidualBlock(out, out), ResidualBlock(out, out)]
             if level < 3:
@@ -182,7 +195,7 @@ class WanVAE(nn.Module):
     def __init__(self, dim=96, z_dim=16):
         super().__init__()
         if z_dim != len(MEAN):
-            raise InputError(f"z_dim is {z_dim}, but the Wan2.1 VAE's latent statistics have {len(MEAN)} channels")
+            raise InputError(f"z_dim is {z_dim}, but the Wan2.1 VAE's latents have {len(MEAN)} channels")
         self.encoder = Encoder(dim, 2 * z_dim)  # mean and log-variance
         self.conv1 = causal_conv(2 * z_dim, 2 * z_dim, 1)
         self.conv2 = causal_conv(z_dim, z_dim, 1)
@@ -193,29 +206,35 @@ class WanVAE(nn.Module):
         """Load `Wan2.1_VAE.pth` (or a file of another width); sizes are read from the tensors' shapes."""
         shapes = weight_shapes(path)
         if "encoder.conv1.weight" not in shapes or "conv2.weight" not in shapes:
-            raise InputError(f"{path} is no Wan2.1 VAE (it has no encoder.conv1 or conv2); give a Wan2.1_VAE.pth")
+            raise InputError(f"{path} is not a Wan2.1 VAE (encoder.conv1 or conv2 is missing); "
+                             f"give the official {VAE_FILE}")
         with torch.device("meta"):
             vae = cls(dim=shapes["encoder.conv1.weight"][0], z_dim=shapes["conv2.weight"][0])
         return load_weights(vae.to(dtype).to_empty(device=device), path).eval().requires_grad_(False)
 
     def statistics(self, like):
-        return (torch.tensor(values, dtype=like.dtype, device=like.device).view(1, -1, 1, 1, 1) for values in (MEAN, STD))
+        """Mean and standard deviation of official latents, each (1, 16, 1, 1, 1), in `like`'s dtype."""
+        mean = torch.tensor(MEAN, dtype=like.dtype, device=like.device)
+        std = torch.tensor(STD, dtype=like.dtype, device=like.device)
+        return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)
 
     def encode(self, video):
-        """(B, 3, 1 + 4n, H, W) in [-1, 1] -> the latent's mean, normalised a channel (B, 16, 1 + n, H/8, W/8)."""
+        """Video (B, 3, 1 + 4n, H, W) in [-1, 1] -> mean of normalised latents (B, 16, 1 + n, H/8, W/8)."""
         frames, height, width = video.shape[2:]
         if frames % 4 != 1 or height % 8 or width % 8:
             raise InputError(f"a video of {frames} frames of {width}x{height} cannot be encoded; "
                              f"it needs 1 + 4n frames and sides that are multiples of 8")
+        chunks = [video[:, :, :1]]
+        if frames > 1:
+            chunks += video[:, :, 1:].split(4, dim=2)
         cache = {}
-        first, *rest = video[:, :, :1], *(video[:, :, 1:].split(4, dim=2) if frames > 1 else ())
-        h = torch.cat([self.encoder(chunk, cache) for chunk in (first, *rest)], dim=2)
+        h = torch.cat([self.encoder(chunk, cache) for chunk in chunks], dim=2)
         latent, _log_variance = self.conv1(h, cache).chunk(2, dim=1)   # (B, 16, 1 + n, H/8, W/8) each
         mean, std = self.statistics(latent)
         return (latent - mean) / std
 
     def decode(self, latents):
-        """Normalised latents (B, 16, 1 + n, h, w) -> video (B, 3, 1 + 4n, 8h, 8w), about [-1, 1], not clamped."""
+        """Normalised latents (B, 16, 1 + n, h, w) -> video (B, 3, 1 + 4n, 8h, 8w), not clamped to [-1, 1]."""
         mean, std = self.statistics(latents)
         cache = {}
         z = self.conv2(latents * std + mean, cache)

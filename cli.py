@@ -1,0 +1,147 @@
+"""What every command line shares: files of flags, the flags that both training scripts have, and how errors
+end a script."""
+import argparse
+import os
+import shlex
+import signal
+import sys
+import time
+
+import torch.distributed as dist
+
+from files import InputError
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, except those that the help describes in words."""
+
+    def _get_help_string(self, action):
+        unset = action.default is None or action.default is False or action.default == []
+        if unset or "default" in action.help:
+            return action.help
+        return super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """Flags with their defaults in --help, and files of flags: `@recipes/prfl_t2v_14B_480P.args`, # begins a
+    comment."""
+
+    def __init__(self, description):
+        super().__init__(description=description, fromfile_prefix_chars="@", formatter_class=HelpFormatter)
+
+    def convert_arg_line_to_args(self, line):
+        return shlex.split(line, comments=True)
+
+
+def parse_size(text):
+    """"832x480" -> (832, 480)."""
+    width, _, height = text.partition("x")
+    if not (width.isdigit() and height.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text} is not a size; write width x height, such as 832x480")
+    return int(width), int(height)
+
+
+# ------------------------------------------------------------------------------ shared flags
+
+def add_data(group, long_caption, drop_prompt):
+    """Flags about what is drawn for each clip."""
+    add = group.add_argument
+    add("--long_caption", type=float, default=long_caption,
+        help="probability that a clip comes with its long caption instead of its short one")
+    add("--drop_prompt", type=float, default=drop_prompt,
+        help="probability that a clip comes with the empty prompt instead of a caption")
+    add("--shift", type=float, default=5.0, help="how far the noise levels are shifted towards noise")
+    add("--timesteps", nargs="+", default=["uniform"],
+        help="how the timesteps of noised clips are drawn: uniform (over the shifted table), logit_normal, "
+             "or from a list of timesteps")
+
+
+def add_lora(group):
+    """Flags about adapters."""
+    add = group.add_argument
+    add("--lora_rank", type=int, default=0,
+        help="rank of LoRA adapters, which train beside frozen weights; 0 trains the weights; published: 128")
+    add("--lora_alpha", type=float, help="numerator of the adapters' scale alpha / rank (default: the rank)")
+    add("--lora_targets", nargs="+", default=["q", "k", "v", "o"], help="linear layers that get adapters")
+
+
+def add_optimization(group, lr, accumulation):
+    """Flags about batches and the optimizer, AdamW."""
+    add = group.add_argument
+    add("--batch_size", type=int, default=2, help="clips (or pairs) per micro-step, over all processes")
+    add("--accumulation", type=int, default=accumulation, help="micro-steps whose gradients make one update")
+    add("--lr", type=float, default=lr, help="learning rate of the transformer")
+    add("--lr_schedule", default="constant", choices=["constant", "linear", "cosine"],
+        help="course of the learning rate after the warm-up: constant, or falling to 0 at the last step")
+    add("--warmup", type=int, default=0, help="steps in which the learning rate rises to its value")
+    add("--weight_decay", type=float, default=0.01, help="weight decay of AdamW")
+    add("--max_norm", type=float, default=1.0, help="norm to which larger gradients are clipped")
+    add("--ema", type=float, default=0.0,
+        help="decay of the moving average of the trained weights, updated once per step; 0 keeps no average")
+    add("--seed", type=int, default=0, help="seed of the data order, the noise and all other random draws")
+
+
+def add_execution(parser, save_every):
+    """Flags that say how a run is computed and saved. All but the precision may change when a run is
+    resumed."""
+    add = parser.add_argument_group("processes, memory and precision").add_argument
+    add("--sp", type=int, default=1, help="processes that share a clip's tokens; divides the number of heads")
+    add("--dp_replicate", type=int, default=1,
+        help="copies of the weights, each sharded over an equal part of the processes; 1 needs least memory")
+    add("--compile", action="store_true", help="compile the transformer blocks (torch.compile)")
+    add("--activation_checkpointing", action="store_true",
+        help="keep only the blocks' inputs for backward and compute the rest again: a third slower, and "
+             "needed for large models")
+    add("--save_attention", action="store_true",
+        help="with --activation_checkpointing: keep the results of attention too")
+    add("--offload", nargs="+", default=[], choices=["inputs", "weights", "ema"],
+        help="what is kept in CPU memory: the blocks' inputs (with --activation_checkpointing); weights, "
+             "gradients and optimizer state; the moving average")
+    add("--compute_dtype", choices=["float32", "bf16"],
+        help="precision of matrix products, attention and frozen weights (default: bf16 on a GPU, float32 on "
+             "a CPU)")
+    add("--bf16_residual", action="store_true",
+        help="round the residual stream to bf16 between blocks, which halves the memory of the blocks' "
+             "inputs; officially it is float32")
+
+    add = parser.add_argument_group("checkpoints").add_argument
+    add("--resume", action="store_true", help="continue from the newest checkpoint in --output")
+    add("--save_every", type=int, default=save_every,
+        help="steps between checkpoints; the last step always has one")
+    add("--keep_checkpoints", type=int, default=2, help="number of checkpoints to keep, the newest ones")
+    add("--export_every", type=int, default=0,
+        help="steps between results in the official layout, in OUTPUT/exports; 0: one at the end only")
+    add("--timeout", type=float, default=10, help="minutes that a process waits for the others")
+
+
+# ------------------------------------------------------------------------------ errors
+
+def run(main):
+    """Run a script's main(). An error of the input, the disk or another process ends it with one sentence and
+    exit code 1.
+
+    It ends at once, without waiting for the other processes, which may never come. torchrun stops those.
+    """
+    try:
+        code = main()
+    except (InputError, OSError) as error:
+        message = str(error)
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        message = ("another process has ended or hangs, and this one has stopped waiting; "
+                   "look for its message, then --resume")
+    except KeyboardInterrupt:
+        os._exit(128 + signal.SIGINT)
+    else:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        sys.exit(code)
+    if int(os.environ.get("RANK", 0)):
+        # Usually all ranks fail the same way and rank 0 prints it first. If this rank alone failed, it prints
+        # after three seconds; torchrun's SIGTERM may end it before.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(3)
+    sys.stdout.flush()
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    os._exit(1)
