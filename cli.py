@@ -19,6 +19,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         unset = action.default is None or action.default is False or action.default == []
         if unset or "default" in action.help:
             return action.help
+        if isinstance(action.default, list):
+            return f"{action.help} (default: {' '.join(map(str, action.default))})"
         return super()._get_help_string(action)
 
 
