@@ -17,10 +17,10 @@ paper: .venv/installed
 	.venv/bin/python -m tools.paper
 
 test: .venv/installed
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n auto
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n auto --dist worksteal
 
 test-all: .venv/installed
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n auto -m "full or not full"
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n auto --dist worksteal -m "full or not full"
 	.venv/bin/python -m tools.crash
 
 lint: .venv/installed

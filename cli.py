@@ -1,5 +1,4 @@
-"""What every command line shares: files of flags, the flags that both training scripts have, and how errors
-end a script."""
+"""What the command lines share: files of flags, flags of both training scripts, errors as one sentence."""
 import argparse
 import os
 import shlex
@@ -29,7 +28,8 @@ class Parser(argparse.ArgumentParser):
     comment."""
 
     def __init__(self, description):
-        super().__init__(description=description, fromfile_prefix_chars="@", formatter_class=HelpFormatter)
+        super().__init__(description=description, fromfile_prefix_chars="@", formatter_class=HelpFormatter,
+                         allow_abbrev=False)
 
     def convert_arg_line_to_args(self, line):
         return shlex.split(line, comments=True)
@@ -119,10 +119,9 @@ def add_execution(parser, save_every):
 # ------------------------------------------------------------------------------ errors
 
 def run(main):
-    """Run a script's main(). An error of the input, the disk or another process ends it with one sentence and
-    exit code 1.
+    """Run a script's main(). Errors of the input, the disk or another process: one sentence, exit code 1.
 
-    It ends at once, without waiting for the other processes, which may never come. torchrun stops those.
+    The script then ends at once. It does not wait for other processes, which may never come; torchrun stops them.
     """
     try:
         code = main()

@@ -1,5 +1,4 @@
-"""The exponential moving average of a model's trained weights, which is what gets evaluated and saved with
---ema."""
+"""The exponential moving average of the trained weights: with --ema it is evaluated and saved."""
 from contextlib import contextmanager
 
 import torch

@@ -1,5 +1,4 @@
-"""Look at a generator while it trains: clips of fixed prompts and seeds, measured, so that reward hacking
-shows."""
+"""Watch a generator while it trains: sample fixed prompts and seeds, and measure signs of reward hacking."""
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,9 +24,8 @@ def evaluate(policy, reward, vae, clips, step, args, device, log):
 
     reward             mean reward of the clips, noised again to the reward's timesteps
     saturated          share of clips whose reward is above 95 % of the largest
-    velocity_distance  mean |v - v_start|^2 on the prompt's own clip, noised; v_start is the model before
-    training motion_energy, contrast, saturation      statistics of the decoded frames, see
-    video.clip_statistics
+    velocity_distance  mean |v - v_start|^2 on the prompt's own clip, noised; v_start is from before training
+    motion_energy, contrast, saturation       of the decoded frames, see video.clip_statistics
 
     Returns whether they look hacked.
     """

@@ -1,9 +1,9 @@
-"""What a run keeps in its directory: run.json, log.jsonl and checkpoints, and how it goes on from there.
+"""What a run keeps in its directory, and how it continues from there.
 
     OUTPUT/run.json        the arguments, the commit, the versions
-    OUTPUT/log.jsonl       one line a step, and one an evaluation
+    OUTPUT/log.jsonl       one line per step, and one per evaluation
     OUTPUT/checkpoints/    step_000200/, ...: all that resuming needs, the newest ones
-    OUTPUT/lock            held by the run while it lives, so that no second one writes here
+    OUTPUT/lock            held by the run, so that a second one cannot write here
 """
 import fcntl
 import json

@@ -231,11 +231,11 @@ class ProcessReward:
 
     Any class with these methods and attributes can take its place (docs/extend.md shows two):
 
-        scores(x, t, batch) -> (B, n)   numbers for latents x (B, C, F, H, W) at timestep t (B,), with
-        gradient value(scores) -> (B,)           the reward itself, squashed as this reward wants it; it is
-        logged loss(scores) -> scalar          what training minimises
-        largest                         the largest possible value: samples near it are called saturated
-        timesteps                       noise levels at which a finished clip is judged; [0] is the clean clip
+        scores(x, t, batch) -> (B, n)   numbers with gradient, of latents x (B, C, F, H, W) at timestep t (B,)
+        value(scores) -> (B,)           the reward, squashed as this reward wants it, for the log
+        loss(scores) -> scalar          what training minimises
+        largest                         the largest possible value; samples near it are called saturated
+        timesteps                       noise levels at which a finished clip is judged; [0]: the clean clip
 
     `batch` has the texts and the condition of the clips (train_prfl.Batch).
     """

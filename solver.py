@@ -11,8 +11,7 @@ A solver is a class `Name(steps, shift)` with an entry in SOLVERS. It has
     .step(v, i, x)   takes the velocity at step i (from 0), returns x at step i + 1, differentiable in v and x
 
 Steps come in order. A solver may keep what it needs of earlier steps as attributes; step 0 starts afresh. It
-computes its coefficients once, as Python numbers, so that no step waits for the GPU. Nothing else is
-required.
+computes its coefficients once, as Python numbers, so that no step waits for the GPU.
 """
 import math
 from statistics import NormalDist

@@ -1,5 +1,6 @@
-"""Stage 2: PRFL, process reward feedback learning (arXiv 2511.21541, section 4.3, algorithm 1): train the
-generator against PAVRM.
+"""Stage 2: train the generator against PAVRM by PRFL, process reward feedback learning.
+
+arXiv 2511.21541, section 4.3 and algorithm 1.
 
     python train_prfl.py @recipes/tiny_prfl.args           # the tiny world, alone
     torchrun --nproc_per_node=8 train_prfl.py @recipes/prfl_t2v_14B_480P.args --reward ... --data ...
