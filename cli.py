@@ -121,7 +121,7 @@ def add_execution(parser, save_every):
 def run(main):
     """Run a script's main(). Errors of the input, the disk or another process: one sentence, exit code 1.
 
-    The script then ends at once. It does not wait for other processes, which may never come; torchrun stops them.
+    The script ends at once. It does not wait for other processes, which may never come: torchrun stops them.
     """
     try:
         code = main()

@@ -9,13 +9,13 @@ One step, for a generated clip x_0 with a human label y in {0, 1}:
     x_s    = (1 - s) x_0 + s noise                         the clip as the generator sees it at that step
     loss   = BCE(logit(x_s, t, caption), y)                on the logit, in float32
 
-or, with --loss bt (Bradley-Terry), for a better clip a and a worse clip b of one prompt, at the same t and with
-the same noise:
+or, with --loss bt (Bradley-Terry), for a better clip a and a worse clip b of one prompt, at the same t and
+with the same noise:
 
     loss   = -log sigmoid(logit(a_s, t, caption) - logit(b_s, t, caption))
 
-The first blocks of the transformer and the head are trained, the embeddings stay. Every --eval_every steps the
-model is evaluated on held-out clips, at fixed timesteps with fixed noise. The result is one directory,
+The first blocks of the transformer and the head are trained, the embeddings stay. Every --eval_every steps
+the model is evaluated on held-out clips, at fixed timesteps with fixed noise. The result is one directory,
 OUTPUT/reward. With --ema it holds the average of the weights, which is also what is evaluated.
 
 docs/departures.md lists how this differs from the published code.

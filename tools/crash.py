@@ -29,7 +29,7 @@ from records import checkpoints
 ROOT = Path(__file__).parent.parent
 FLAGS = ["--model", ROOT / "demo/model", "--reward", ROOT / "demo/reward",
          "--data", ROOT / "demo/train/index.jsonl", "--batch_size", "2", "--accumulation", "1",
-         "--solver_steps", "4", "--samples", "0", "--lr", "1e-4", "--ema", "0.9", "--timeout", "2",
+         "--solver_steps", "4", "--samples", "0", "--lr", "1e-4", "--ema", "0.9", "--timeout", "20",
          "--save_every", "2"]
 NO_END = 10 ** 6  # steps of a run that is going to be killed
 
@@ -97,7 +97,7 @@ def kill(output, moments):
     """
     before = len(log_of(output))
     ranks = start(output, NO_END)
-    deadline = time.time() + 600
+    deadline = time.time() + 1800
     while not checkpoints(output) or len(log_of(output)) <= before:
         if time.time() > deadline or any(rank.poll() is not None for rank in ranks):
             for rank in ranks:
@@ -110,7 +110,7 @@ def kill(output, moments):
     for rank in victims:
         rank.kill()
     for rank in ranks:
-        rank.wait(timeout=150)
+        rank.wait(timeout=1800)
     if victims != ranks and "error: another process has ended" not in printed_by(output):
         raise InputError(f"the surviving process did not say why it ended: {printed_by(output)}")
     check_files(output)
