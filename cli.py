@@ -1,5 +1,6 @@
 """What the command lines share: files of flags, flags of both training scripts, errors as one sentence."""
 import argparse
+import math
 import os
 import shlex
 import signal
@@ -24,8 +25,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """Flags with their defaults in --help, and files of flags: `@recipes/prfl_t2v_14B_480P.args`, # begins a
-    comment."""
+    """Flags with their defaults in --help, and files of flags: `@FILE.args`, in which # begins a comment."""
 
     def __init__(self, description):
         super().__init__(description=description, fromfile_prefix_chars="@", formatter_class=HelpFormatter,
@@ -43,16 +43,38 @@ def parse_size(text):
     return int(width), int(height)
 
 
+def parse_labels(words, pavrm):
+    """["motion_quality=0.7", "text_alignment=0.3"] -> {label: weight}. [] means the first label, weight 1."""
+    weights = {}
+    for word in words or pavrm.labels[:1]:
+        name, _, weight = word.partition("=")
+        if name not in pavrm.labels or name in weights:
+            raise InputError(f"--labels {word}: this reward model predicts {', '.join(pavrm.labels)}; "
+                             f"choose from them, each once")
+        try:
+            weights[name] = float(weight or 1)
+        except ValueError:
+            weights[name] = 0.0
+        if not 0 < weights[name] < math.inf:
+            raise InputError(f"--labels {word} needs a positive number as its weight; write {name}=0.5, say")
+    return weights
+
+
 # ------------------------------------------------------------------------------ shared flags
 
-def add_data(group, long_caption, drop_prompt):
-    """Flags about what is drawn for each clip."""
+def add_captions(group, long_caption, drop_prompt):
+    """Flags about the caption that is drawn for each clip."""
     add = group.add_argument
     add("--long_caption", type=float, default=long_caption,
         help="probability that a clip comes with its long caption instead of its short one")
     add("--drop_prompt", type=float, default=drop_prompt,
         help="probability that a clip comes with the empty prompt instead of a caption")
-    add("--shift", type=float, default=5.0, help="how far the noise levels are shifted towards noise")
+
+
+def add_noise_levels(group):
+    """Flags about the noise levels of training; the shift is also that of rollouts and samples."""
+    add = group.add_argument
+    add("--shift", type=float, default=5.0, help="how far all noise levels are shifted towards noise")
     add("--timesteps", nargs="+", default=["uniform"],
         help="how the timesteps of noised clips are drawn: uniform (over the shifted table), logit_normal, "
              "or from a list of timesteps")
@@ -74,7 +96,7 @@ def add_optimization(group, lr, accumulation):
     add("--accumulation", type=int, default=accumulation, help="micro-steps whose gradients make one update")
     add("--lr", type=float, default=lr, help="learning rate of the transformer")
     add("--lr_schedule", default="constant", choices=["constant", "linear", "cosine"],
-        help="course of the learning rate after the warm-up: constant, or falling to 0 at the last step")
+        help="course of the learning rate after the warm-up: constant, or falling towards 0")
     add("--warmup", type=int, default=0, help="steps in which the learning rate rises to its value")
     add("--weight_decay", type=float, default=0.01, help="weight decay of AdamW")
     add("--max_norm", type=float, default=1.0, help="norm to which larger gradients are clipped")
@@ -84,8 +106,7 @@ def add_optimization(group, lr, accumulation):
 
 
 def add_execution(parser, save_every):
-    """Flags that say how a run is computed and saved. All but the precision may change when a run is
-    resumed."""
+    """Flags that say how a run is computed and saved. A resumed run may change all but the precision."""
     add = parser.add_argument_group("processes, memory and precision").add_argument
     add("--sp", type=int, default=1, help="processes that share a clip's tokens; divides the number of heads")
     add("--dp_replicate", type=int, default=1,

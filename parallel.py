@@ -3,8 +3,8 @@
 A script runs the same way alone (`python train_prfl.py`) and under torchrun, on CPU and on CUDA.
 
 Ranks form data groups of `--sp` ranks each. A data group works on its own clips, and its ranks share the
-tokens of a clip (sequence.py). Weights are sharded over all ranks, or with `--dp_replicate` R over each of R
-equal parts of them.
+tokens of a clip (sequence.py). Weights are sharded over all ranks. With `--dp_replicate` R the ranks form R
+equal groups, each of which holds all weights.
 """
 import hashlib
 import math
@@ -34,14 +34,13 @@ from files import InputError
 # cuDNN's attention is the fastest on Hopper. Where a kernel does not run, PyTorch takes the next in the list.
 ATTENTION_KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
                      SDPBackend.MATH]
-_attention = None  # the context of this order; kept, because the old order is back when it is collected
+_attention = None  # the context of this order, never left; kept here, since garbage collection would leave it
 
 
 def start(sp=1, minutes=24 * 60.0):
     """Join the processes that torchrun started, or stand alone. Returns this process's device.
 
-    A process waits `minutes` for the others: a day where each works by itself for long, --timeout in
-    training.
+    A process waits `minutes` for the others: --timeout in training, a day where each works alone for long.
     """
     global _attention
     device = torch.device("cpu")
@@ -109,7 +108,7 @@ def shard_indices(count):
 
     All ranks get equally many, so that they meet in the same collectives. If the work does not divide, the
     last index is given to several ranks: each does the work, but it counts on one of them only. Of the ranks
-    that share a clip's tokens, all do the work and the first one's counts.
+    that share a clip's tokens, all do the work, and only the first one's result counts.
     """
     groups = data_ranks()
     indices = range(dist.get_rank() // sequence.size(), count + -count % groups, groups)
@@ -136,8 +135,8 @@ def shard(model, blocks, float32, device, args):
     Each block is a unit of its own, so is each module in `float32` (time embedding, heads), and the rest is
     the last. Trained weights are float32; they are gathered in --compute_dtype, and their gradients are
     reduced in float32. Frozen weights are stored in --compute_dtype. The modules in `float32` stay float32.
-    Inputs are never cast, since modulation and rotary angles are float32. The model is still on the meta
-    device and has no memory.
+    Inputs are never cast, since modulation and rotary angles are float32. Weights that are on the meta
+    device get their memory later.
     """
     ranks = dist.get_world_size()
     heads = blocks[0].self_attn.num_heads
@@ -169,8 +168,7 @@ def shard(model, blocks, float32, device, args):
         torch._dynamo.config.recompile_limit = 64
         for block in blocks:
             block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
-    # FSDP2 warns about outputs that are views: an in-place write to one would lose its gradient. We never
-    # write to one.
+    # FSDP2 warns about outputs that are views: an in-place write would lose its gradient. There is none here.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for module in float32:
         fully_shard(module, mesh=mesh, offload_policy=offload, mp_policy=policy32)
@@ -215,15 +213,13 @@ def rollout(model, gathered):
 # ------------------------------------------------------------------------------ optimization
 
 def clip_gradients(parameters, max_norm):
-    """Scale the gradients to a norm of at most `max_norm`, after backward; returns the norm before, a
-    number."""
+    """Scale the gradients to a norm of at most `max_norm`; returns the norm they had, a number."""
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     return norm.full_tensor().item() if hasattr(norm, "full_tensor") else norm.item()
 
 
 def learning_rate_factor(step, args):
-    """The factor of the learning rate at a step, counted from 0: a linear warm-up, then constant or falling
-    to 0."""
+    """The factor of the learning rate at a step (from 0): a linear warm-up, then constant or falling."""
     if step < args.warmup:
         return (step + 1) / args.warmup
     done = (step - args.warmup) / (args.steps - args.warmup)
@@ -234,7 +230,7 @@ def learning_rate_factor(step, args):
 # ------------------------------------------------------------------------------ random draws
 
 def generator(*key):
-    """A CPU generator that depends on its key alone: (seed, step, sample, purpose).
+    """A CPU generator that depends on its key alone, such as (seed, micro_step, place in the batch, purpose).
 
     So a draw is the same after resuming, for any number of ranks, and on any device.
     """

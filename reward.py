@@ -50,8 +50,7 @@ class QueryAttention(nn.Module):
         present = sequence.present(length or tokens.shape[1], tokens.device)   # (L,)
         logits = logits.masked_fill(~present, -math.inf)
 
-        # Softmax over the tokens of all ranks. Subtracting the largest logit keeps exp finite; it cancels
-        # too.
+        # Softmax over the tokens of all ranks. Subtracting the largest logit keeps exp finite and cancels.
         largest = sequence.max_over_ranks(logits.detach().amax(-1, keepdim=True))
         weights = (logits - largest).exp()
         sums = torch.cat([weights @ tokens, weights.sum(-1, keepdim=True)], -1)  # (B, heads n, D + 1)
@@ -212,7 +211,7 @@ def bradley_terry_loss(better, worse, reduction="mean"):
 def reward_loss(logit, weight=0.1, form="hinge"):
     """What PRFL minimises (mean), for logits (B,) and reward = sigmoid(logit).
 
-    hinge        weight * relu(2 - reward), as in the published code
+    hinge        weight * relu(2 - reward), as in the published code, whose relu never cuts anything off
     log_sigmoid  -weight * log(reward): its gradient does not fade where the reward is low
     logit        -weight * logit: it never saturates
     """
@@ -246,10 +245,10 @@ class ProcessReward:
         self.weights = weights  # {label: weight}
         self.loss_weight = loss_weight
         self.form = form
-        self.largest = sum(weights.values())
+        self.largest = sum(weights.values())  # all weights are positive
 
     def scores(self, x, t, batch):
-        """Logits (B, labels)."""
+        """Logits (B, labels). PAVRM sees the generator's own texts, long ones too, as published."""
         return self.pavrm(x, t, batch.texts, **batch.condition, labels=list(self.weights))
 
     def value(self, scores):
@@ -260,18 +259,3 @@ class ProcessReward:
         for i, weight in enumerate(self.weights.values()):
             total = total + weight * reward_loss(scores[:, i], self.loss_weight, self.form)
         return total
-
-
-def parse_labels(words, pavrm):
-    """["motion_quality=0.7", "text_alignment=0.3"] -> {label: weight}. [] means the first label, weight 1."""
-    weights = {}
-    for word in words or pavrm.labels[:1]:
-        name, _, weight = word.partition("=")
-        if name not in pavrm.labels:
-            raise InputError(f"--labels {name}: this reward model predicts {', '.join(pavrm.labels)}; "
-                             f"choose from them")
-        try:
-            weights[name] = float(weight or 1)
-        except ValueError:
-            raise InputError(f"--labels {word} needs a number as its weight; write {name}=0.5, say") from None
-    return weights

@@ -30,7 +30,7 @@ from encode import Encoder
 from evaluation import process_logits
 from files import InputError, read_json, write_json
 from model import WanModel
-from reward import PAVRM, REWARD_TIMESTEPS, check_fit, parse_labels
+from reward import PAVRM, REWARD_TIMESTEPS, check_fit
 from solver import SOLVERS, guided, timestep, walk
 from video import read_image, to_uint8, write_video
 
@@ -305,7 +305,7 @@ def main(argv=None):
     if args.best_of:
         pavrm = PAVRM.on_meta(args.reward)
         check_fit(pavrm, WanModel.on_meta(transformer), args.reward, transformer)
-        labels = parse_labels(args.labels, pavrm)  # {label: weight}
+        labels = cli.parse_labels(args.labels, pavrm)  # {label: weight}
     if not jobs:
         print(f"all videos are in {args.output} already")
         return

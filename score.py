@@ -22,7 +22,7 @@ from encode import encode_clips
 from evaluation import fixed_noise, measure, score_clips, table
 from files import InputError, is_main, load_weights, weight_shapes, write_json
 from model import WanModel
-from reward import PAVRM, REWARD_TIMESTEPS, QueryAttention, parse_labels
+from reward import PAVRM, REWARD_TIMESTEPS, QueryAttention
 from solver import TrainingSchedule, add_noise
 from video import read_video, write_video
 
@@ -166,7 +166,7 @@ def main(argv=None):
     # ---- what is asked for: structure alone, so that impossible requests are refused early
     device = parallel.start()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    labels = parse_labels(args.labels, PAVRM.on_meta(args.reward))      # {label: weight}
+    labels = cli.parse_labels(args.labels, PAVRM.on_meta(args.reward))      # {label: weight}
 
     # ---- clips; the text encoder is gone again before the reward model is loaded
     index = args.data

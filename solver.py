@@ -60,8 +60,7 @@ class TrainingSchedule:
         return self.sigmas[index].item(), self.timesteps[index].item()
 
     def near(self, timestep):
-        """The table's sigma with the nearest timestep: evaluation names noise levels by timestep. 0 is
-        clean."""
+        """The table's sigma with the nearest timestep, for levels named by timestep; 0 at timestep 0."""
         if timestep == 0:
             return 0.0
         return self.sigmas[(self.timesteps - timestep).abs().argmin()].item()
@@ -101,8 +100,7 @@ class Multistep:
     """
 
     def __init__(self, steps, shift, largest):
-        # numpy's linspace, as officially: torch's rounds differently, and truncation makes that a whole
-        # timestep.
+        # numpy's linspace, as in the official code: torch's rounds differently, and truncation shows it.
         grid = torch.from_numpy(np.linspace(largest, 0, steps + 1)[:-1])
         sigmas = shifted(grid, shift)
         self.timesteps = (1000 * sigmas).long()
@@ -150,7 +148,7 @@ class UniPC(Multistep):
     """
 
     def __init__(self, steps, shift):
-        super().__init__(steps, shift, largest=float(np.float32(0.999)))
+        super().__init__(steps, shift, largest=float(np.float32(0.999)))  # as in the official code
 
     def step(self, v, i, x):
         m = x - self._s[i] * v  # from the x that the model saw, before it is corrected
@@ -213,7 +211,7 @@ def walk(velocity, x, solver, first=0, last=None, progress=None):
     """Follow `velocity(x, t)` from noise x, or from where the solver stopped before step `first`.
 
     x (B, ...) float32; t (B,) float32 on x's device. Steps `first` to `last` - 1 are taken; None: to the end.
-    Sampling, previews and PRFL's rollouts all come through here. `progress` names a progress bar.
+    Samples and PRFL's rollouts all come through here. `progress` names a progress bar.
     """
     steps = range(first, len(solver.timesteps) if last is None else last)
     for i in tqdm(steps, desc=progress, disable=None if progress else True, leave=False):

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
@@ -170,3 +171,22 @@ def test_errors_are_one_sentence_and_an_exit_code(world):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("error: nowhere holds no reward model")
+
+
+def test_labels_and_weights():
+    pavrm = SimpleNamespace(labels=["physics_quality", "text_alignment"])
+    first = {"physics_quality": 1.0}
+    assert cli.parse_labels(None, pavrm) == first == cli.parse_labels(["physics_quality"], pavrm)
+    weights = {"text_alignment": 0.3, "physics_quality": 1.0}
+    assert cli.parse_labels(["text_alignment=0.3", "physics_quality"], pavrm) == weights
+
+
+@pytest.mark.parametrize("words, message", [
+    (["beauty"], "--labels beauty: this reward model predicts physics_quality, text_alignment"),
+    (["physics_quality", "physics_quality=2"], "--labels physics_quality=2: .* each once"),
+    (["text_alignment=much"], "--labels text_alignment=much needs a positive number"),
+    (["text_alignment=-1"], "--labels text_alignment=-1 needs a positive number"),
+    (["text_alignment=nan"], "--labels text_alignment=nan needs a positive number")])
+def test_labels_that_cannot_be_followed(words, message):
+    with pytest.raises(InputError, match=message):
+        cli.parse_labels(words, SimpleNamespace(labels=["physics_quality", "text_alignment"]))

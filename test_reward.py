@@ -7,16 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from files import InputError
-from reward import (
-    PAVRM,
-    ProcessReward,
-    QueryAttention,
-    bce_loss,
-    bradley_terry_loss,
-    check_fit,
-    parse_labels,
-    reward_loss,
-)
+from reward import PAVRM, ProcessReward, QueryAttention, bce_loss, bradley_terry_loss, check_fit, reward_loss
 from testdata.golden import agree, draw
 from testdata.helpers import fill_pavrm, golden, golden_inputs, tiny
 
@@ -196,15 +187,6 @@ def test_a_reward_model_of_another_kind_of_model_is_refused():
 
 # ------------------------------------------------------------------------------ the reward of PRFL
 
-def test_labels_and_weights():
-    pavrm = PAVRM(tiny(), 1, ["physics_quality", "text_alignment"])
-    assert parse_labels(None, pavrm) == {"physics_quality": 1.0} == parse_labels(["physics_quality"], pavrm)
-    weights = {"text_alignment": 0.3, "physics_quality": 1.0}
-    assert parse_labels(["text_alignment=0.3", "physics_quality"], pavrm) == weights
-    with pytest.raises(InputError, match="--labels beauty: this .* predicts physics_quality, text_alignment"):
-        parse_labels(["beauty"], pavrm)
-    with pytest.raises(InputError, match="--labels text_alignment=much needs a number"):
-        parse_labels(["text_alignment=much"], pavrm)
 
 
 def test_the_process_reward_by_hand():

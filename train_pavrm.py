@@ -55,7 +55,7 @@ def parse_args(argv=None):
     add("--labels", nargs="+", default=["motion_quality"], choices=LABELS,
         help="labels to learn, each with its own head; clips that have none of them are left out")
     add("--output", default="outputs/pavrm", help="directory of the run: reward, checkpoints, log")
-    cli.add_data(group, long_caption=0.0, drop_prompt=0.0)
+    cli.add_captions(group, long_caption=0.0, drop_prompt=0.0)
 
     group = parser.add_argument_group("reward model")
     add = group.add_argument
@@ -67,6 +67,7 @@ def parse_args(argv=None):
         help="numbers of the blocks that are trained; nothing after the flag: the heads alone (default: all)")
     add("--pool", default="query", choices=["query", "mean", "max"], help="how tokens become one vector")
     add("--num_queries", type=int, default=1, help="learned queries of the query pool")
+    cli.add_noise_levels(group)
     cli.add_lora(group)
 
     group = parser.add_argument_group("optimization")
@@ -177,9 +178,8 @@ class Batches:
 
 # ------------------------------------------------------------------------------ model
 
-def build_pavrm(args, device):
-    """PAVRM on a transformer's first blocks, streamed from its checkpoint, and new heads, the same on all
-    ranks."""
+def build_pavrm(args):
+    """PAVRM: a transformer's first blocks, still without weights, and new heads, the same on all ranks."""
     dit = WanModel.on_meta(args.model)
     layers = dit.config.num_layers
     num_blocks = args.num_blocks or min(8, layers // 2)
@@ -246,7 +246,7 @@ def main(argv=None):
     annotated = truth.isfinite()
 
     # ---- the model, the optimizer, and what the run records
-    pavrm, layers = build_pavrm(args, device)
+    pavrm, layers = build_pavrm(args)
     dit = pavrm.dit
     collate([clips.load(items[0][0])], dit.config, "cpu")  # refuses data that does not fit the model
     load_pavrm(pavrm, layers, args, device)
@@ -312,10 +312,10 @@ def main(argv=None):
         done = step + 1
         log(done, loss=loss / seen, accuracy=right / seen, norm=norm, lr=args.lr * factor,
             loss_by_timestep=by_timestep)
-        if done % args.eval_every == 0 or done == args.steps:
+        stopped_by = records.stop_asked()
+        if (done % args.eval_every == 0 or done == args.steps) and not stopped_by:
             with ema.swapped() if ema else nullcontext():
                 evaluate(pavrm, val_clips, val_items, args, device, done, log)
-        stopped_by = records.stop_asked()
         checkpoints.check()
         if done % args.save_every == 0 or done == args.steps or stopped_by:
             checkpoints.save(done)

@@ -5,12 +5,12 @@ arXiv 2511.21541, section 4.3 and algorithm 1.
     python train_prfl.py @recipes/tiny_prfl.args           # the tiny world, alone
     torchrun --nproc_per_node=8 train_prfl.py @recipes/prfl_t2v_14B_480P.args --reward ... --data ...
 
-One iteration has two phases, each with an update of its own:
+One iteration has two phases. Each ends with an update of its own, by the one AdamW that both share:
 
     sft      x_s = (1 - s) x_0 + s noise                     a real clip, at a random noise level s
              loss = |v(x_s, t) - (noise - x_0)|^2            flow matching: stay a model of real clips
 
-    reward   x = noise;  k ~ uniform over all solver steps but the last
+    reward   x = noise;  k ~ uniform over all solver steps but the last; t is 1000 times the noise level
              k solver steps on x, without gradient           roll out to a random step ...
              one solver step with gradient  ->  x_next       ... take one more, and have the result judged
              loss = weight * relu(2 - sigmoid(PAVRM(x_next, t_next)))      in effect weight * (2 - reward)
@@ -19,7 +19,7 @@ The gradient flows through the frozen PAVRM and through that one step only. Noth
 that of one training step. --phases chooses what the paper compares with:
 
     --phases sft            fine-tuning on the real clips alone
-    --phases rwr            reward-weighted regression: the loss of sft times exp((reward - 1) / temperature)
+    --phases rwr            reward-weighted regression: sft's loss times exp((reward - largest) / temperature)
     --phases reward         PRFL without its SFT phase: the reward gets hacked
     --phases sft reward     PRFL
 
@@ -42,7 +42,7 @@ from files import InputError, load_weights
 from lora import add_lora, save_adapter, start_lora, without_adapters
 from memory import block_runner
 from model import WanModel
-from reward import PAVRM, ProcessReward, check_fit, parse_labels
+from reward import PAVRM, ProcessReward, check_fit
 from solver import SOLVERS, TrainingSchedule, add_noise, flow_matching_target, guided, timestep, walk
 from vae import VAE_FILE, WanVAE
 
@@ -63,10 +63,12 @@ def parse_args(argv=None):
         help="leave out clips that are annotated as poor in this label; none: train on all clips")
     add("--val", help="index of held-out clips, whose prompts are sampled during training (default: --data)")
     add("--output", default="outputs/prfl", help="directory of the run: model, checkpoints, samples, log")
-    cli.add_data(group, long_caption=0.7, drop_prompt=0.1)
+    cli.add_captions(group, long_caption=0.7, drop_prompt=0.1)
     cli.add_lora(parser.add_argument_group("adapters"))
 
-    add = parser.add_argument_group("method").add_argument
+    group = parser.add_argument_group("method")
+    cli.add_noise_levels(group)
+    add = group.add_argument
     add("--phases", nargs="+", default=["sft", "reward"], choices=["sft", "rwr", "reward"],
         help="phases of each iteration")
     add("--reward_weight", type=float, default=0.1, help="weight of the reward loss")
@@ -113,13 +115,12 @@ def sft_loss(velocity, x0, noise, sigma, t, weight=1.0):
 
 def rewarded_step(velocity, judge, solver, x, k, gradient_steps=1, judged="next", start=None,
                   rollout=torch.no_grad):
-    """Roll out from noise x (B, C, F, H, W) to step k, take that step with gradient, and have the result
-    judged.
+    """Roll out from noise x (B, C, F, H, W) to step k, take that step with gradient, have the result judged.
 
-    velocity(x, t), start(x, t) and judge(x, t) know the clips' condition. The latents stay float32
-    throughout. Returns the judged latents (B, C, F, H, W), what `judge` says of them, and the mean square
-    distance of the velocities to those of `start` (0 without one); all with gradient through the last
-    `gradient_steps` steps and no further. `rollout()` is a context without gradient.
+    velocity(x, t), start(x, t) and judge(x, t) know the clips' condition. The last `gradient_steps` steps, k
+    the last of them, have a gradient; the steps before are taken within `rollout()`, a context without one.
+    Returns the judged latents (B, C, F, H, W), what `judge` says of them, and the mean square distance of the
+    velocities to those of `start` (0 without one). The latents stay float32 throughout.
     """
     first = max(k - gradient_steps + 1, 0)
     if first > 0:
@@ -137,15 +138,15 @@ def rewarded_step(velocity, judge, solver, x, k, gradient_steps=1, judged="next"
         before = x
         x = solver.step(v, i, x)
 
+    # `before`, t and v are those of step k.
     if judged == "clean":
-        clean = before - float(solver.sigmas[k]) * v  # the one-step prediction of x_0
+        clean = before - float(solver.sigmas[k]) * v  # the prediction of x_0
         return clean, judge(clean, torch.zeros_like(t)), distance
     return x, judge(x, timestep(solver, k + 1, x)), distance
 
 
 def rewardable(words, steps):
-    """The steps k that --k names, of `steps` solver steps. The last step is never one: nothing comes after
-    it."""
+    """The steps k that --k names, of `steps` solver steps. The last step is none: nothing comes after it."""
     if steps < 2:
         raise InputError(f"--solver_steps {steps} leaves no step to reward; give at least 2")
     third = (steps - 1) / 3
@@ -195,7 +196,10 @@ class Batches:
         return {n: [self.clips.load(i) for _, i in parallel.share(self.order[n])] for n in micro_steps}
 
     def make(self, micro_step, phase, samples):
-        """The batch of a micro-step. Both phases see the same clips and captions, with noise of their own."""
+        """The batch of a micro-step. Both phases see the same clips and captions, each with its own noise.
+
+        The reward phase uses the clips' shape, captions and image condition, not their latents.
+        """
         args = self.args
         keys = [(args.seed, micro_step, place) for place, _ in parallel.share(self.order[micro_step])]
         x0, condition = collate(samples, self.config, self.device)
@@ -221,8 +225,7 @@ def load(model, dit, heads, directory, run_block, device, args):
 
 
 def make_reward(policy, device, args):
-    """The reward to follow, a PAVRM still without weights. FILE.py: its class Reward, called with (args,
-    device)."""
+    """The reward to follow: class Reward of FILE.py, or a ProcessReward whose PAVRM has no weights yet."""
     if args.reward.endswith(".py"):
         if not Path(args.reward).is_file():
             raise InputError(f"--reward {args.reward} does not exist; check the path")
@@ -232,11 +235,11 @@ def make_reward(policy, device, args):
         return found["Reward"](args, device)
     pavrm = PAVRM.on_meta(args.reward).requires_grad_(False)
     check_fit(pavrm, policy, args.reward, args.model)
-    return ProcessReward(pavrm, parse_labels(args.labels, pavrm), args.reward_weight, args.reward_form)
+    return ProcessReward(pavrm, cli.parse_labels(args.labels, pavrm), args.reward_weight, args.reward_form)
 
 
 def start_velocity(frozen, batch, args):
-    """The guided velocity of the model before training, with adapters off."""
+    """The guided velocity before training: of a frozen copy, or of the policy with its adapters off."""
     velocity = guided(batch.velocity(frozen), args.rollout_guidance)
 
     def start(x, t):
@@ -262,17 +265,22 @@ def main(argv=None):
     records.check_run(args)
     if len(set(args.phases)) < len(args.phases):
         raise InputError(f"--phases {' '.join(args.phases)} repeats a phase; give each once")
-    sampling = args.sample_every if args.samples else 0
-    if args.stop_if_hacked and (not sampling or args.reward == "none"):
+    if args.reward == "none" and args.phases != ["sft"]:
+        raise InputError(f"--phases {' '.join(args.phases)} needs a reward; give --reward, or --phases sft")
+    sample_every = args.sample_every if args.samples else 0
+    if args.stop_if_hacked and (not sample_every or args.reward == "none"):
         raise InputError("--stop_if_hacked looks at the rewards of samples; give --reward, --samples and "
                          "--sample_every, or leave it out")
     solver = SOLVERS[args.solver](args.solver_steps, args.shift)
     choices = rewardable(args.k, len(solver.timesteps))
 
     # ---- data: the clips to train on, and the order in which they come
-    clips, val_clips = Clips(args.data), Clips(args.val or args.data)
+    clips = Clips(args.data)
     clips.check()
-    val_clips.check()
+    val_clips = clips
+    if args.val:
+        val_clips = Clips(args.val)
+        val_clips.check()
     kept = []
     for i, entry in enumerate(clips.entries):
         if args.skip_poor == "none" or label_of(entry["labels"], args.skip_poor) != 0:
@@ -282,25 +290,26 @@ def main(argv=None):
 
     # ---- models without weights, to refuse what does not fit before anything large is loaded
     policy = WanModel.on_meta(args.model)
-    collate([clips.load(0)], policy.config, "cpu")
+    collate([clips.load(0)], policy.config, "cpu")  # refuses clips that the model cannot take
     reward, vae = None, None
-    if args.phases != ["sft"] or (sampling and args.reward != "none"):
+    if args.phases != ["sft"] or (sample_every and args.reward != "none"):
         reward = make_reward(policy, device, args)
-    if sampling:
+    if sample_every:
         import monitor  # writes videos with av, which training itself does not need
         vae = WanVAE.from_pretrained(Path(args.model, VAE_FILE), device=device)
 
-    # ---- the models sharded over all processes, with their weights
+    # ---- the models sharded over all processes, with their weights. Adapters come first: what is frozen then
+    # is stored in --compute_dtype. start_lora fills the adapters, which no checkpoint holds.
     run_block = block_runner(args, device)  # one for all models: they share the buffers of offloaded inputs
     if args.lora_rank:
         add_lora(policy, args.lora_rank, args.lora_alpha or args.lora_rank, args.lora_targets)
     load(policy, policy, [policy.head], args.model, run_block, device, args)
     start_lora(policy, args.seed)
     frozen = policy  # for --kl_weight: the policy with its adapters off, or a copy
-    if args.kl_weight and not args.lora_rank:
+    if args.kl_weight and not args.lora_rank and "reward" in args.phases:
         frozen = WanModel.on_meta(args.model).requires_grad_(False)
         load(frozen, frozen, [frozen.head], args.model, run_block, device, args)
-    if isinstance(reward, ProcessReward):
+    if reward and not args.reward.endswith(".py"):
         load(reward.pavrm, reward.pavrm.dit, reward.pavrm.heads, args.reward, run_block, device, args)
 
     # ---- the optimizer, and what the run records
@@ -312,18 +321,18 @@ def main(argv=None):
     first_step = checkpoints.load() if args.resume else 0
     log = records.Log(args, first_step, device)
     log.say(f"training {args.model} on {len(kept)} clips, {len(clips) - len(kept)} poor ones left out; "
-            f"sample videos go to {args.output}/samples; {records.describe(args, policy, device)}")
+            f"{records.describe(args, policy, device)}")
     for warning in order.repeated:
         log.say(warning)
-    if sampling and first_step == 0:
+    if sample_every and first_step == 0:
         monitor.evaluate(policy, reward, vae, val_clips, 0, args, device, log)
         log.pause()
 
     batches = Batches(clips, order, policy.config, args, device)
     rollout = partial(parallel.rollout, policy, parallel.gathers(args, policy, device))
     records.stop_on_signals()
-    done, hacked, stopped_by = first_step, False, None
-    for step, samples in prefetch(batches.read, range(first_step, args.steps)):
+    done, hacked, stop, stopped_by = first_step, False, False, None
+    for step, loaded in prefetch(batches.read, range(first_step, args.steps)):
         logged = {}
         for group in optimizer.param_groups:
             group["lr"] = args.lr * parallel.learning_rate_factor(step, args)
@@ -331,9 +340,9 @@ def main(argv=None):
         # ---- phase 1: flow matching on real clips (sft), weighted by their rewards (rwr)
         for phase in [phase for phase in args.phases if phase != "reward"]:
             optimizer.zero_grad()
-            losses = []
-            for micro_step, read in samples.items():
-                batch = batches.make(micro_step, "sft", read)
+            losses = []  # (loss, names of the clips, k) of each micro-step
+            for micro_step, samples in loaded.items():
+                batch = batches.make(micro_step, "sft", samples)
                 levels = [schedule.draw(parallel.uniform(*key, "timestep")) for key in batch.keys]
                 sigma = torch.tensor([sigma for sigma, _ in levels], device=device)            # (B,)
                 t = torch.tensor([float(t) for _, t in levels], device=device)                 # (B,)
@@ -355,14 +364,14 @@ def main(argv=None):
         if "reward" in args.phases:
             optimizer.zero_grad()
             losses, values, distances = [], [], []
-            for micro_step, read in samples.items():
-                batch = batches.make(micro_step, "reward", read)
+            for micro_step, samples in loaded.items():
+                batch = batches.make(micro_step, "reward", samples)
                 velocity = guided(batch.velocity(policy), args.rollout_guidance)
                 start = start_velocity(frozen, batch, args) if args.kl_weight else None
                 judge = partial(reward.scores, batch=batch)
                 # One k for all processes: with different ones they would meet in different collectives.
                 draw = parallel.generator(args.seed, micro_step, "k")
-                k = choices[torch.randperm(len(choices), generator=draw)[0]]
+                k = choices[torch.randperm(len(choices), generator=draw)[0]]                   # uniform
                 _, scores, distance = rewarded_step(velocity, judge, solver, batch.noise, k,
                                                     args.gradient_steps, args.judge, start, rollout)
                 loss = reward.loss(scores) + args.kl_weight * distance
@@ -385,7 +394,7 @@ def main(argv=None):
         done = step + 1
         log(done, **logged, lr=optimizer.param_groups[0]["lr"])
         stopped_by = records.stop_asked()
-        if sampling and (done % sampling == 0 or done == args.steps) and not stopped_by:
+        if sample_every and (done % sample_every == 0 or done == args.steps) and not stopped_by:
             with ema.swapped() if ema else nullcontext():
                 hacked = monitor.evaluate(policy, reward, vae, val_clips, done, args, device, log)
         stop = stopped_by or (hacked and args.stop_if_hacked)
@@ -404,6 +413,9 @@ def main(argv=None):
     if stopped_by and done < args.steps:
         log.say(f"stopped by {stopped_by} after step {done}; --resume continues from there")
         return
+    if stop and not stopped_by:
+        log.say(f"stopped after step {done}, because the samples look hacked; --keep_checkpoints and "
+                f"--export_every keep earlier weights")
     export(policy, ema, args.output, args)
     log.say(f"the trained model is in {args.output}/model")
 
