@@ -71,7 +71,7 @@ def _entry(path, line, given):
 def faults(entries, label=None, frames=None, fps=16):
     """Yield a sentence for every fault of a list from `read_list`, each with its line. Decodes all videos.
 
-    With `label`, a clip that is not annotated for it is a fault. A clip must have `frames` (5) at `fps`.
+    With `label`, a clip that is not annotated for it is a fault. A clip needs `frames` (5) at `fps`.
     """
     listed = list_faults(entries, label)
     for entry, sentences in zip(tqdm(entries, desc="checking", disable=None), listed, strict=True):
@@ -80,7 +80,7 @@ def faults(entries, label=None, frames=None, fps=16):
 
 
 def list_faults(entries, label=None):
-    """For each clip the sentences about those faults that show without its video."""
+    """For each clip, sentences about the faults that can be found without decoding its video."""
     listed = []
     taken = {}  # source_id: line
     for entry in entries:
@@ -105,7 +105,7 @@ def list_faults(entries, label=None):
 
 
 def video_faults(entry, frames, fps):
-    """The sentence about a clip's video if it is missing, damaged or too short, in a list."""
+    """[a sentence] if a clip's video is missing, damaged or too short, else []."""
     if entry["video_path"] is None:
         return [_where(entry) + "video_path is missing"]
     try:

@@ -125,7 +125,7 @@ def add_execution(parser, save_every):
              "a CPU)")
     add("--bf16_residual", action="store_true",
         help="round the residual stream to bf16 between blocks, which halves the memory of the blocks' "
-             "inputs; officially it is float32")
+             "inputs; the official code keeps it in float32")
 
     add = parser.add_argument_group("checkpoints").add_argument
     add("--resume", action="store_true", help="continue from the newest checkpoint in --output")
@@ -133,7 +133,7 @@ def add_execution(parser, save_every):
         help="steps between checkpoints; the last step always has one")
     add("--keep_checkpoints", type=int, default=2, help="number of checkpoints to keep, the newest ones")
     add("--export_every", type=int, default=0,
-        help="steps between results in the official layout, in OUTPUT/exports; 0: one at the end only")
+        help="steps between exports of the model to OUTPUT/exports; 0: only the result at the end")
     add("--timeout", type=float, default=10, help="minutes that a process waits for the others")
 
 

@@ -175,8 +175,7 @@ class Clips:
         return {name: tensors.get_tensor(name) for name in ("empty", "negative")}
 
     def check(self):
-        """Raise InputError, naming clips and files, unless all clips' tensors are there in the right
-        shapes."""
+        """Raise InputError, naming clips and files, unless all tensors exist and have the right shapes."""
         found = []
         for entry in self.entries:
             try:
@@ -251,7 +250,7 @@ def _published(meta):
 
 
 def _beside(path, folder):
-    """Published files name others as seen from where the code ran; look beside the naming file first."""
+    """Published files name others relative to where the code ran; look next to the naming file first."""
     return folder / path if (folder / path).exists() else Path(path)
 
 
@@ -377,8 +376,7 @@ def collate(samples, config, device):
 
 
 def condition_input(condition, model_type):
-    """What an image-to-video model takes beside the noisy latents: y (B, 20, F, H, W), the mask's 4 channels
-    first.
+    """The image condition y (B, 20, F, H, W) of an image-to-video model; the mask's 4 channels come first.
 
     `condition` is (B, 16, F, H, W); one that has its mask (20 channels) is returned as it is. The mask marks
     the given pixel frames, four to a latent frame. The first pixel frame alone makes latent frame 0, and its

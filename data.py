@@ -16,7 +16,7 @@ Training sees neither videos nor the VAE nor the text encoder. Every clip is enc
                                   for image-to-video condition, like latents, and clip (tokens, 1280) bfloat16
 
 The header of a clip's file says what it was made from. So a run that was stopped continues where it was, and
-a clip with a new caption or video is encoded again. Labels are in the index alone: new labels encode nothing.
+a clip with a new caption or video is encoded again. Labels are only in the index: new ones re-encode nothing.
 """
 import os
 from pathlib import Path
@@ -36,8 +36,8 @@ def parse_args(argv=None):
     parser = cli.Parser("Check a list of annotated clips, or encode the clips for training.")
     add = parser.add_argument_group("what").add_argument
     add("--list", default="demo/clips/clips.json",
-        help="clips to encode: a .json, .jsonl or .csv list; of a published .list, whose clips are encoded "
-             "already, only the prompts.safetensors is made, beside it")
+        help="clips to encode: a .json, .jsonl or .csv list; for a published .list, whose clips are already "
+             "encoded, only prompts.safetensors is written, next to it")
     add("--check", metavar="LIST",
         help="only report the faults of this list and count its labels (default: encode --list)")
     add("--label", choices=LABELS,
@@ -49,7 +49,7 @@ def parse_args(argv=None):
     add("--output", default="outputs/data", help="directory of the encoded clips and their index")
 
     add = parser.add_argument_group("how encoded").add_argument
-    before = "(default: as the clips in --output are, else as in the model's sampling.json, else"
+    before = "(default: that of the clips in --output, else of the model's sampling.json, else"
     add("--size", type=cli.parse_size,
         help=f"width x height in pixels, multiples of 16, turned for upright clips {before} 832x480)")
     add("--frames", type=int,

@@ -165,7 +165,7 @@ def train_vae(path):
     torch.manual_seed(0)
     vae = WanVAE(dim=6)
     for layer in vae.modules():
-        if isinstance(layer, (nn.Conv2d, nn.Conv3d)):  # torch's small weights would keep to a plain ground
+        if isinstance(layer, (nn.Conv2d, nn.Conv3d)):  # torch's small weights would learn a plain ground only
             nn.init.kaiming_normal_(layer.weight, nonlinearity="linear")
             nn.init.zeros_(layer.bias)
     videos = torch.stack([torch.from_numpy(single(seed)[2]) for seed in range(1_000_000, 1_001_000)])

@@ -35,14 +35,14 @@ class Encoder:
 
     def __init__(self, model_dir, device):
         self.directory, self.device = Path(model_dir), device
-        self.states = {}  # prompt: text states, for many clips share a caption
+        self.states = {}  # {prompt: text states}, because many clips share a caption
         expert = self.directory / "low_noise_model"  # Wan2.2 A14B: two transformers, their configs agree
         config = read_json((expert if expert.is_dir() else self.directory) / "config.json")
         self.model_type = config.get("model_type")
         self.text_len = config.get("text_len", 512)
         if self.model_type not in ("t2v", "i2v", "flf2v"):
             raise InputError(f"{model_dir} is a {self.model_type} model; give one for t2v, i2v or flf2v")
-        own = self.directory / "sampling.json"  # a model that is not of the published size is used with these
+        own = self.directory / "sampling.json"  # for models whose size is not the published one
         sampling = read_json(own) if own.is_file() else {}
         self.sampling = {name: value for name, value in sampling.items() if name in PUBLISHED}
         self.given = {"t2v": [], "i2v": [0], "flf2v": [0, -1]}[self.model_type]  # frames the model is given
@@ -69,7 +69,7 @@ class Encoder:
         return UMT5Encoder.from_pretrained(self.directory / T5_FILE, torch.bfloat16, self.device), tokenizer
 
     @cached_property
-    def image_encoder(self):  # float32, for it sees one or two pictures per clip
+    def image_encoder(self):  # float32 is cheap: it encodes only one or two pictures per clip
         return CLIPVisionModel.from_pretrained(self.directory / CLIP_FILE, torch.float32, self.device)
 
     def text(self, prompts):
@@ -133,9 +133,9 @@ def fast_hash(path):
 # ------------------------------------------------------------------------------ encoding
 
 def encode_clips(entries, model_dir, output, size=None, frames=None, fps=None, device=None, batch_size=1):
-    """Encode those clips of a list that are not encoded yet and write the index; returns the index's path.
+    """Encode the clips of a list that are not encoded yet, and write the index; returns the index's path.
 
-    `size` = (width, height), turned for clips of the other orientation. size, frames and fps default to what
+    `size` = (width, height), swapped for clips of the other orientation. size, frames and fps default to what
     `output` was encoded with before, else to the model's sampling.json, else to the published setting;
     `device` to this process's GPU, or the CPU. `batch_size` clips are encoded at once.
     Every rank of a process group takes its share; all must call this. Rank 0 writes the index at the end.
@@ -150,7 +150,7 @@ def encode_clips(entries, model_dir, output, size=None, frames=None, fps=None, d
     prompts = output / "prompts.safetensors"
     settings = choose_settings(encoder, output, size, frames, fps)
 
-    # What is left to do: a file whose header says that it was made from the same is done.
+    # What is left to do. A clip is done if the header of its file names the same source.
     listed = list_faults(entries)
     files = [output / "clips" / f"{entry['source_id']}.safetensors" for entry in entries]
     shapes, left = {}, {}
@@ -232,14 +232,14 @@ def _source(entry, settings):
 
 
 def _made_from(file):
-    """What an encoded file says that it was made from."""
+    """The source that an encoded file's header names."""
     if not file.is_file():
         return {}
     return json.loads((open_safetensors(file).metadata() or {}).get("made_from", "{}"))
 
 
 def _read_turned(path, settings):
-    """The frames of a video, uint8 (T, H, W, 3), in the size that is turned as the video is."""
+    """The frames of a video, uint8 (T, H, W, 3), the sides of the size swapped if it is upright."""
     size = settings["size"]
     rows, columns, _ = read_video(path, frames=1)[0].shape
     if (columns < rows) != (size[0] < size[1]):

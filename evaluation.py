@@ -13,7 +13,7 @@ from files import is_main
 from reward import REWARD_TIMESTEPS, bce_loss, bradley_terry_loss
 from solver import TrainingSchedule, add_noise
 
-EVALUATION_TIMESTEPS = [*REWARD_TIMESTEPS, 1000]  # as published; at 1000 only the caption is left of a clip
+EVALUATION_TIMESTEPS = [*REWARD_TIMESTEPS, 1000]  # the published ones; at 1000 only the caption is known
 
 # ---------------------------------------------------------------------------------------------- logits
 

@@ -4,9 +4,8 @@ Everything that the project loads or saves passes through here, so two promises 
 
 * Loaded weights have exactly the expected names and shapes. They are never unpickled into objects, and stream
   tensor by tensor into place (a plain tensor or this rank's shard of one).
-* A saved file or directory appears whole or not at all: it is written beside its place, flushed to the disk
-and
-  then renamed.
+* A saved file or directory appears whole or not at all: it is written under a temporary name,
+  flushed to the disk and then renamed.
 """
 import json
 import math
@@ -40,7 +39,7 @@ def read_json(path):
 
 
 def open_safetensors(path):
-    """`safe_open`; raises InputError if the file is missing, cut short or something else."""
+    """`safe_open`; raises InputError if the file is missing, truncated or not a safetensors file."""
     if not Path(path).is_file():
         raise InputError(f"{path} does not exist; check the path")
     try:
@@ -239,8 +238,8 @@ def save_weights(directory, state, config, name="diffusion_pytorch_model", dtype
 
     Every rank must call it. Sharded tensors are gathered one at a time; rank 0 holds at most one file, and
     writes. config: the content of config.json. dtype: what tensors are cast to; None keeps their dtypes.
-    merge: {name: function}; these tensors pass through their function when their turn comes, which returns
-    float32 (lora.merges).
+    merge: {name: function}; each of these tensors is replaced by function(tensor), in float32, just before it
+    is written (lora.merges).
     """
     directory = Path(directory)
     names = sorted(file.name for file in directory.glob("*"))

@@ -37,7 +37,7 @@ class Server(ThreadingHTTPServer):
         self.lock = threading.Lock()
         if self.path.suffix != ".json":
             raise InputError(f"{path} is not a .json file, and only those can be labelled; "
-                             f"write the list as one")
+                             f"convert the list to .json")
         self.read()
 
         # A fixed random order of the clips whose videos exist.
@@ -247,7 +247,7 @@ def main(argv=None):
             print(f"{len(server.missing)} of {len(server.entries)} videos do not exist and are left out, "
                   f"the first is {server.missing[0]}")
         print(server.balance())
-        print(f"open http://127.0.0.1:{server.server_port} in a browser; Ctrl-C here ends", flush=True)
+        print(f"open http://127.0.0.1:{server.server_port} in a browser; Ctrl-C stops it", flush=True)
         try:
             server.serve_forever()
         except KeyboardInterrupt:

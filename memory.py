@@ -30,8 +30,8 @@ def block_runner(args, device):
         options["context_fn"] = lambda: create_selective_checkpoint_contexts(policy)
 
     def run_block(block, x, *rest):
-        # The first block's input may differ in dtype and requires_grad from that of the others. Made alike,
-        # all blocks share one compiled graph.
+        # The first block's input may differ in dtype and requires_grad from that of the others. Making
+        # them alike lets all blocks share one compiled graph.
         if not args.bf16_residual:
             x = x.float()
         learns = any(parameter.requires_grad for parameter in block.parameters())
@@ -80,7 +80,7 @@ class Offload:
     def put(self, x):
         """Begin to copy x to the CPU.
 
-        The input before it is now freed on the device: its copy had the time of a whole block. The
+        The previous input is now freed on the device: its copy had a whole block's time to finish. The
         computation first waits for that copy, and can then use the memory.
         """
         if self.away:

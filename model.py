@@ -75,7 +75,7 @@ class Linear32(nn.Linear):
 
 
 class LayerNorm32(nn.LayerNorm):
-    """A layer norm that computes in float32 and returns it."""
+    """A layer norm that computes and returns float32."""
 
     def forward(self, x):
         weight, bias = (None, None) if self.weight is None else (self.weight.float(), self.bias.float())

@@ -70,7 +70,7 @@ def start(sp=1, minutes=24 * 60.0):
 
 
 def gpu_index(local_rank, count):
-    """The GPU of a process among the `count` it sees. Some launchers show each process one GPU, its own."""
+    """The GPU of a process among the `count` it sees. Some launchers show each process only its own."""
     if count == 1:
         return 0
     if local_rank >= count:
@@ -79,7 +79,7 @@ def gpu_index(local_rank, count):
 
 
 def check_own_gpu(name):
-    """Refuse two processes on one GPU, which NCCL would only report as an invalid usage."""
+    """Refuse two processes on one GPU, which NCCL would report only as "invalid usage"."""
     names = [None] * dist.get_world_size()
     dist.all_gather_object(names, name)
     if names.count(name) > 1:
@@ -132,8 +132,8 @@ def compute_dtype(args, device):
 def shard(model, blocks, float32, device, args):
     """Compile a model's blocks and shard its parameters over the ranks (FSDP2).
 
-    Each block is a unit of its own, so is each module in `float32` (time embedding, heads), and the rest is
-    the last. Trained weights are float32; they are gathered in --compute_dtype, and their gradients are
+    Each block is its own unit, as is each module in `float32` (time embedding, heads); the rest is the last
+    unit. Trained weights are float32; they are gathered in --compute_dtype, and their gradients are
     reduced in float32. Frozen weights are stored in --compute_dtype. The modules in `float32` stay float32.
     Inputs are never cast, since modulation and rotary angles are float32. Weights that are on the meta
     device get their memory later.
@@ -185,7 +185,7 @@ def storage(args, device):
 def gathers(args, model, device):
     """Whether a model's weights stay gathered during a rollout: faster, where memory is plentiful.
 
-    That is where nothing is offloaded and all weights take less than a quarter of the GPU's memory.
+    True if nothing is offloaded and all weights take less than a quarter of the GPU's memory.
     """
     if args.offload or dist.get_world_size() == args.dp_replicate:  # then each rank has all weights anyway
         return False

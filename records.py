@@ -34,7 +34,7 @@ import sequence
 from files import InputError, atomic_write, is_main, read_json, remove, write_json
 from parallel import compute_dtype, share
 
-# Flags that do not change what is computed: a run may be resumed with others of them.
+# Flags that do not change what is computed: they may differ when a run is resumed.
 EXECUTION = ["sp", "dp_replicate", "compile", "activation_checkpointing", "save_attention", "offload",
              "resume", "keep_checkpoints", "timeout", "stop_if_hacked"]
 SMALLEST = {"steps": 1, "batch_size": 1, "accumulation": 1, "num_queries": 1, "gradient_steps": 1,
@@ -90,8 +90,8 @@ def check_same(args, path):
         if before[name] != value and name not in free and not name.endswith("_every"):
             changed.append(f"--{name}")
     if changed:
-        raise InputError(f"--resume with another {' and '.join(changed)} than {path} has would be another "
-                         f"run; use the same, or another --output")
+        raise InputError(f"--resume with another {' and '.join(changed)} than in {path} would be a different "
+                         f"run; use the same values, or another --output")
 
 
 def describe(args, model, device):
@@ -120,17 +120,16 @@ def checkpoints(output):
 
 
 def state_of(model, optimizer, ema):
-    """All that has a state. Frozen parameters have none: they are read from where they came from."""
+    """All training state. Frozen parameters are left out; they are loaded from their original files."""
     options = StateDictOptions(ignore_frozen_params=True)
     weights, optimizer_state = get_state_dict(model, optimizer, options=options)
     return {"model": weights, "optimizer": optimizer_state, "ema": ema.average if ema else {}}
 
 
 class Checkpoints:
-    """Saves a run while it goes on, and loads it again: trained weights, their average and the optimizer's
-    state.
+    """Saves and loads the trained weights, their average and the optimizer's state, while training goes on.
 
-    Each rank writes its part, and any number of ranks may read them. Nothing else has a state: learning
+    Each rank writes its part, and any number of ranks may read them. There is no other state: learning
     rates, data order and random draws are functions of the step. A checkpoint is copied to CPU memory,
     written by a thread under another name, and appears whole by a rename.
     """
@@ -195,7 +194,7 @@ class Checkpoints:
                 remove(found[old])
 
     def check(self):
-        """Raise at once where writing has failed."""
+        """Raise at once if writing has failed."""
         if self.pending and self.pending.done():
             self.finish()
 
@@ -223,7 +222,7 @@ class Checkpoints:
         found = [None] * dist.get_world_size()
         dist.all_gather_object(found, places)
         found = sorted({place for places in found for place in places})
-        where = "; ".join(found) or "though no loss is: the backward pass overflows"
+        where = "; ".join(found) or "although every loss is finite: the backward pass overflowed"
         newest = max(checkpoints(self.directory.parent), default=0)
         raise InputError(f"step {step}: the gradient norm is {norm} ({where}; seed {seed}); look at these "
                          f"clips, or start another run with a lower --lr; to see it again from step "
@@ -243,7 +242,7 @@ _lock = None  # the open file of this process's run
 
 
 def claim(output):
-    """Refuse a second run in one directory. The lock goes with the process, however it ends."""
+    """Refuse a second run in one directory. The lock is released whenever and however the process ends."""
     global _lock
     if _lock:
         _lock.close()  # an earlier run of this process
@@ -359,15 +358,14 @@ class Log:
             self.writing.pop().result()
 
     def pause(self):
-        """The next step's time and memory begin now: saving and sampling are no part of a step."""
+        """Start measuring the next step's time and memory: saving and sampling do not count."""
         self.started = time.time()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 
 
 def kept_lines(path, first_step):
-    """The lines of a log that stay when a run goes on after `first_step` steps: what comes later will be done
-    again."""
+    """The lines of a log to keep when a run resumes after `first_step` steps; later steps are repeated."""
     if not first_step or not path.exists():
         return
     for line in path.read_text().splitlines(keepends=True):
@@ -376,7 +374,7 @@ def kept_lines(path, first_step):
 
 
 def peak_memory(device):
-    """GB: the most that was held on the GPU since the step began, or by this process since it began."""
+    """Peak memory in GB: of the GPU since the step began, or without one of this process since its start."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -18,7 +18,7 @@ from files import InputError, load_weights, read_json, save_weights
 from lora import merges, official_state
 from model import WanConfig, WanModel
 
-REWARD_TIMESTEPS = [201, 400, 600, 800]  # a finished clip is judged at these; at 1000 nothing of it is left
+REWARD_TIMESTEPS = [201, 400, 600, 800]  # a finished clip is judged at these; at 1000 it is pure noise
 
 
 # ------------------------------------------------------------------------------ pools
@@ -194,7 +194,7 @@ def bce_loss(logit, label, reduction="mean"):
     """Binary cross-entropy of logits against labels in {0, 1}, of one shape, on the logit and in float32.
 
     A label that is NaN is not annotated: its loss is 0 and does not count. The sigmoid is never formed: in
-    bf16 it rounds to 1 at a logit of 7, where the gradient would end. `reduction` is mean or none.
+    bf16 it rounds to 1 at a logit of 7, where the gradient would vanish. `reduction` is mean or none.
     """
     logit, label = logit.float(), label.float()
     present = ~label.isnan()

@@ -53,12 +53,12 @@ def parse_args(argv=None):
     group = parser.add_argument_group("prompts and images")
     prompts = group.add_mutually_exclusive_group()
     prompts.add_argument("--prompt", nargs="+",
-                         help="prompts, one video each (default: the model's own, which the tiny world has)")
+                         help="prompts, one video each (default: that of the model's sampling.json, if any)")
     prompts.add_argument("--prompts", metavar="FILE",
                          help="text file with one prompt per line, in place of --prompt")
     group.add_argument("--negative_prompt", help="what the video should not show (default: Wan's usual one)")
     group.add_argument("--image", help="first frame, for image to video; it decides the aspect ratio")
-    group.add_argument("--last_image", help="last frame, for models of first and last frame")
+    group.add_argument("--last_image", help="last frame, for first-and-last-frame models")
 
     group = parser.add_argument_group("sampling")
     group.add_argument("--solver", default="unipc", choices=SOLVERS, help="method that follows the velocity")
@@ -200,9 +200,9 @@ class Job(NamedTuple):
 
 
 def jobs_of(args):
-    """The videos that are to be made. In a directory, existing ones are left out.
+    """The videos to make. With --output, those that exist are left out.
 
-    Raises InputError if the directory has one of them that was made with other settings.
+    Raises InputError if one of those was made with other settings.
     """
     if args.output:
         return jobs_in(args)

@@ -38,7 +38,7 @@ def parse_args(argv=None):
     group = parser.add_argument_group("how videos are encoded")
     group.add_argument("--model", default="demo/model",
                        help="official model directory, whose VAE and text encoder encode the videos")
-    own = "(default: as OUTPUT/encoded was encoded before, else the model's own)"
+    own = "(default: that of the videos in OUTPUT/encoded, else the model's own)"
     group.add_argument("--size", type=cli.parse_size,
                        help=f"width x height to which videos are scaled and cut {own}")
     group.add_argument("--frames", type=int, help=f"frames per video, 1 + 4n {own}")
@@ -56,8 +56,8 @@ def parse_args(argv=None):
                        help="noise levels of one clip that are scored at once")
     group.add_argument("--seed", type=int, default=0, help="seed of the noise")
     group.add_argument("--convert", nargs=3, metavar=("TRANSFORMER", "QUERY_ATTENTION", "MLP"),
-                       help="score nothing, but write the directory --reward from a published transformer "
-                            "directory and the two files of its head")
+                       help="convert instead of scoring: write the directory --reward from a published "
+                            "transformer directory and the two files of its head")
 
     group = parser.add_argument_group("results")
     group.add_argument("--output", default="outputs/scores",
@@ -73,7 +73,7 @@ def parse_args(argv=None):
             raise InputError("--convert would replace the tiny world's reward model; "
                              "give another directory with --reward")
     elif bool(args.video) == bool(args.data):
-        raise InputError("there is nothing to score, or too much; give either --video or --data")
+        raise InputError("exactly one of two inputs is needed; give either --video or --data")
     return args
 
 

@@ -4,8 +4,8 @@ arXiv 2309.14509).
 Each of n ranks has L / n tokens with all their channels. Attention needs all tokens; there, each rank has a
 part of the heads instead:
 
-    (B, L / n, heads, d)  -- exchange -->  (B, L, heads / n, d)  -- attention, exchange -->  (B, L / n, heads,
-    d)
+    (B, L / n, heads, d)  -- exchange -->  (B, L, heads / n, d)  -- attention,
+                          -- exchange -->  (B, L / n, heads, d)
 
 If n does not divide L, zeros are appended; attention and pooling leave them out. All other layers see each
 token alone.
@@ -96,8 +96,7 @@ def exchange_back(ctx, grad):
 exchange.register_autograd(exchange_back, setup_context=remember_axes)
 
 
-# ------------------------------------------------------------------------------ over all
-# tokens
+# ------------------------------------------------------------------------------ over all tokens
 
 class Gather(torch.autograd.Function):
     """(B, L / n, D) -> (B, L, D), in the order of the ranks."""

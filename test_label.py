@@ -268,5 +268,5 @@ def test_from_start_to_ctrl_c(path, monkeypatch, capsys):
     missing, start, address, _, end = capsys.readouterr().out.splitlines()
     assert missing == f"2 of 6 videos do not exist and are left out, the first is {path.with_name('b.mp4')}"
     assert start == f"{path}: 0 of 4 clips are labelled for motion_quality, 0 good and 0 poor"
-    assert address.startswith("open http://127.0.0.1:") and address.endswith("in a browser; Ctrl-C here ends")
+    assert address.startswith("open http://127.0.0.1:") and address.endswith("in a browser; Ctrl-C stops it")
     assert end == f"{path}: 2 of 4 clips are labelled for motion_quality, 1 good and 1 poor"

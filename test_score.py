@@ -211,7 +211,7 @@ def test_a_pool_without_a_query_looks_nowhere(run):
 # ------------------------------------------------------------------------------ refusals, conversion
 
 @pytest.mark.parametrize("flags, message", [
-    ([], "there is nothing to score, or too much; give either --video or --data"),
+    ([], "exactly one of two inputs is needed; give either --video or --data"),
     (["--data", "demo/val/index.jsonl", "--video", "a.mp4"], "give either --video or --data"),
     (["--video", "a.mp4", "b.mp4"], "2 videos have 0 prompts; give one --prompt for all, or one each"),
     (["--video", "a.mp4", "--prompt", "a", "b"], "1 videos have 2 prompts"),

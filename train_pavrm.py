@@ -1,6 +1,6 @@
 """Stage 1: train PAVRM, the process-aware video reward model (arXiv 2511.21541, section 4.2).
 
-    python train_pavrm.py @recipes/tiny_pavrm.args         # the tiny world, alone
+    python train_pavrm.py @recipes/tiny_pavrm.args         # the tiny world, one process
     torchrun --nproc_per_node=8 train_pavrm.py @recipes/pavrm_t2v_14B_480P.args --train ... --val ...
 
 One step, for a generated clip x_0 with a human label y in {0, 1}:
@@ -48,10 +48,10 @@ def parse_args(argv=None):
     add = group.add_argument
     add("--model", default="demo/model", help="official directory of the transformer to start from")
     add("--train", nargs="+", default=["demo/train/index.jsonl"], metavar="INDEX",
-        help="index of labelled clips, written by data.py; with --loss bt also two: the better clips and the "
-             "worse ones")
+        help="index of labelled clips, written by data.py; with --loss bt, optionally two: the better clips "
+             "and the worse ones")
     add("--val", nargs="+", default=["demo/val/index.jsonl"], metavar="INDEX",
-        help="index of held-out clips to evaluate with; two with --loss bt likewise")
+        help="index of held-out clips to evaluate with, or two as for --train")
     add("--labels", nargs="+", default=["motion_quality"], choices=LABELS,
         help="labels to learn, each with its own head; clips that have none of them are left out")
     add("--output", default="outputs/pavrm", help="directory of the run: reward, checkpoints, log")
@@ -64,7 +64,7 @@ def parse_args(argv=None):
     add("--num_blocks", type=int,
         help="transformer blocks to keep (default: 8 as published, or half of a model with fewer than 16)")
     add("--train_blocks", type=int, nargs="*",
-        help="numbers of the blocks that are trained; nothing after the flag: the heads alone (default: all)")
+        help="numbers of the blocks to train; without numbers, only the heads are trained (default: all)")
     add("--pool", default="query", choices=["query", "mean", "max"], help="how tokens become one vector")
     add("--num_queries", type=int, default=1, help="learned queries of the query pool")
     cli.add_noise_levels(group)
@@ -75,7 +75,7 @@ def parse_args(argv=None):
                        help="optimizer steps; the published number is not known")
     cli.add_optimization(group, lr=1e-6, accumulation=1)
     group.add_argument("--head_lr", type=float,
-                       help="learning rate of pool and MLP (default: 1e-6 with ce, 1e-5 with bt: published)")
+                       help="learning rate of pool and MLP (default, published: 1e-6 for ce, 1e-5 for bt)")
 
     add = parser.add_argument_group("evaluation").add_argument
     add("--eval_timesteps", type=int, nargs="+", default=EVALUATION_TIMESTEPS,
@@ -105,7 +105,7 @@ def load_items(paths, args):
                          f"annotate pairs, or use --loss ce")
     if not items:
         raise InputError(f"no clip of {paths[0]} is annotated for {' or '.join(args.labels)}; "
-                         f"annotate it, or choose other --labels")
+                         f"annotate some, or choose other --labels")
     if is_main():
         for name in args.labels:
             labels = [label_of(entry["labels"], name) for entry in clips.entries]
@@ -132,7 +132,7 @@ class Batch(NamedTuple):
     texts: list           # states of B prompts (n_i, text_dim)
     condition: dict       # image to video: y, clip_fea
     clips: list           # index of each clip
-    items: list           # index of the clip, or of the better clip of the pair, of each item
+    items: list           # for each item, the index of its clip, or of the better clip of its pair
     names: list           # source_id of each clip, for messages
 
 
@@ -235,7 +235,7 @@ def main(argv=None):
         raise InputError("--train_blocks and --lora_rank exclude each other: adapters train beside all "
                          "blocks; give one of them")
     if args.loss == "bt" and len(args.labels) > 1:
-        raise InputError("--loss bt learns one label, since a pair is better in one of them; "
+        raise InputError("--loss bt compares the clips of a pair by one label; "
                          "give one with --labels")
 
     # ---- data: the clips, or pairs, to learn from, their labels and their order

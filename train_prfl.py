@@ -2,7 +2,7 @@
 
 arXiv 2511.21541, section 4.3 and algorithm 1.
 
-    python train_prfl.py @recipes/tiny_prfl.args           # the tiny world, alone
+    python train_prfl.py @recipes/tiny_prfl.args           # the tiny world, one process
     torchrun --nproc_per_node=8 train_prfl.py @recipes/prfl_t2v_14B_480P.args --reward ... --data ...
 
 One iteration has two phases. Each ends with an update of its own, by the one AdamW that both share:
@@ -16,7 +16,7 @@ One iteration has two phases. Each ends with an update of its own, by the one Ad
              loss = weight * relu(2 - sigmoid(PAVRM(x_next, t_next)))      in effect weight * (2 - reward)
 
 The gradient flows through the frozen PAVRM and through that one step only. Nothing is decoded, so memory is
-that of one training step. --phases chooses what the paper compares with:
+that of one training step. --phases selects PRFL or one of the baselines that the paper compares it with:
 
     --phases sft            fine-tuning on the real clips alone
     --phases rwr            reward-weighted regression: sft's loss times exp((reward - largest) / temperature)
@@ -369,7 +369,7 @@ def main(argv=None):
                 velocity = guided(batch.velocity(policy), args.rollout_guidance)
                 start = start_velocity(frozen, batch, args) if args.kl_weight else None
                 judge = partial(reward.scores, batch=batch)
-                # One k for all processes: with different ones they would meet in different collectives.
+                # One k for all processes: with different values their collectives would not match.
                 draw = parallel.generator(args.seed, micro_step, "k")
                 k = choices[torch.randperm(len(choices), generator=draw)[0]]                   # uniform
                 _, scores, distance = rewarded_step(velocity, judge, solver, batch.noise, k,

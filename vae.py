@@ -120,8 +120,7 @@ class Upsample(nn.Module):
             if self in cache:
                 x = self.time_conv(x, cache)                           # (B, 2 C, T, H, W)
                 x = rearrange(x, "b (two c) t h w -> b c (t two) h w", two=2)
-            # The first frame never enters time_conv, so the past of the second chunk is zeros, not that
-            # frame.
+            # The first frame never enters time_conv: for the second chunk the past is zeros, not that frame.
             cache[self] = True
         return per_frame(self.resample, x)                             # (B, C/2, T or 2 T, 2 H, 2 W)
 

@@ -20,8 +20,8 @@ from files import InputError, atomic_write
 def read_video(path, fps=16, frames=None, size=None):
     """Decode a clip to uint8 (T, H, W, 3).
 
-    For each time 0, 1/fps, 2/fps, ... the result has the source frame that a player would show then. T is
-    1 + 4n, as the VAE needs it: exactly `frames` if given, else as many as the clip has. `size` = (width,
+    For each time 0, 1/fps, 2/fps, ... the result has the source frame that a player would show at that time.
+    T is 1 + 4n, as the VAE needs: exactly `frames` if given, else as many as the clip has. `size` = (width,
     height): scaled to cover it, then cut to it around the centre. Decodes no more than it needs.
     Raises InputError if the file is missing, damaged, cut short, not a video, or has fewer than `frames`
     (without them: 5) frames.
@@ -77,7 +77,7 @@ def _shown_frames(path, fps):
             if shown is None:
                 raise InputError(damaged)
 
-            # A file that was cut still announces its whole length. The container's may be that of its sound.
+            # A truncated file still reports its full length. The container's may be that of the audio.
             length = stream.duration and stream.duration * tick
             if length is None and container.duration and len(container.streams) == 1:
                 length = Fraction(container.duration, av.time_base)
@@ -107,7 +107,7 @@ def _rate(fps):
 def _picture(frame, size):
     """A decoded frame -> uint8 (H, W, 3): upright, scaled to cover `size` and cut to it."""
     picture = torch.from_numpy(frame.to_ndarray(format="rgb24"))
-    picture = torch.rot90(picture, round(frame.rotation / 90))  # phones store upright video lying down
+    picture = torch.rot90(picture, round(frame.rotation / 90))  # phones store upright video rotated
     rows, columns, _ = picture.shape
     if size is None or tuple(size) == (columns, rows):
         return picture

@@ -3,7 +3,7 @@
 # H200 that reaches 80 % of its floor.
 #
 #   bash tools/bench_gpu.sh                    # all groups
-#   bash tools/bench_gpu.sh forward step       # some of: forward gradient reward step small vae
+#   bash tools/bench_gpu.sh forward step       # only some of forward gradient reward step small vae
 #   SMALL=1 bash tools/bench_gpu.sh            # the same commands at a size for CPUs, to see that they run
 #
 # What does not fit on the GPU (14B's gradient step without --offload needs more than 80 GB) is recorded as

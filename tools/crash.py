@@ -1,5 +1,4 @@
-"""Does a run survive being killed? Kill one again and again, resume it, compare it with a run that nobody
-touched.
+"""Does a run survive being killed? Kill one repeatedly, resume it, and compare it with an undisturbed run.
 
     python -m tools.crash    # 20 kills of train_prfl.py in two processes, about ten minutes on two cores
 

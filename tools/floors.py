@@ -19,8 +19,8 @@ SIZES = {
     "14B-I2V": dict(LARGE, model_type="i2v", in_dim=36),
 }
 
-# Memory in GB. Then rates in bf16, in TFLOP/s. Those of H200 are what good kernels reach there. Those of the
-# others are not measured: H200's times the ratio of the peaks in the data sheets (989, 312, 362, 165).
+# Memory in GB, and rates in bf16 in TFLOP/s. The rates of the H200 are what good kernels reach on it. The
+# others are not measured: they scale the H200's by the data sheets' peaks (989; 312, 362 and 165).
 GPUS = {
     "H200":    dict(memory=141, linear=750, attention=600, attention_backward=500),
     "H100":    dict(memory=80, linear=750, attention=600, attention_backward=500),

@@ -1,14 +1,14 @@
 """The paper's comparisons on the tiny world: what PRFL adds to fine-tuning, and what its parts do.
 
     make paper                         # or: python -m tools.paper; an hour on two cores
-    python -m tools.paper --short      # a smaller form, in ten minutes
+    python -m tools.paper --short      # a smaller version, 8 minutes
 
 Reward models: number of blocks, pools, cross-entropy against Bradley-Terry, number of labels; accuracy by
 timestep. Generators: SFT, reward-weighted regression (RWR), PRFL without SFT and PRFL, each with as many
 iterations; PRFL with k early, middle and late; PRFL with the other reward models. All are judged by the same
 reward model, and by the true share of good motion, which no model sees.
 
-Finished runs are kept: start it again to go on, and in another --output after a change.
+Finished runs are kept, so you can restart it to continue; after a change of code, use another --output.
 """
 import os
 import subprocess

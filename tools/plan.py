@@ -6,7 +6,7 @@ floor in seconds.
     python -m tools.bench --plan fits    # the smallest number of GPUs on which training fits
 
 All flags of train_prfl.py or train_pavrm.py are understood. Models are built without weights. 1 GB is 1e9
-bytes. The last line is JSON. Blocks count as they run without --compile; compiled ones need less. Not
+bytes. The last line is JSON. Blocks are counted as without --compile; compiled ones need less. Not
 counted: evaluation (decoding samples), the CUDA context, NCCL's buffers, gaps of the allocator. 5 % of the
 GPU is left free for these.
 """
