@@ -26,10 +26,9 @@ from tqdm import trange
 
 import cli
 from clips import Clips
-from evaluation import REWARD_TIMESTEPS
 from files import InputError, atomic_write, remove, write_json
 from model import WanConfig, WanModel
-from reward import PAVRM
+from reward import PAVRM, REWARD_TIMESTEPS
 from solver import TrainingSchedule, UniPC, add_noise, walk
 from t5 import SPIECE_FILE, T5_FILE, UMT5Encoder
 from vae import MEAN, STD, VAE_FILE, WanVAE
@@ -279,7 +278,7 @@ def command(*words):
     """Run one of the scripts as a user would, and show the command."""
     words = [str(word) for word in words]
     print("\n$ python " + " ".join(words), flush=True)
-    if subprocess.run([sys.executable, *words], cwd=Path(__file__).parent).returncode:
+    if subprocess.run([sys.executable, *words]).returncode:
         sys.exit(f"error: {words[0]} failed; its own message is above")
 
 

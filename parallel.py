@@ -129,23 +129,25 @@ def compute_dtype(args, device):
     return {"bf16": torch.bfloat16, "float32": torch.float32}[chosen]
 
 
-def shard(model, blocks, float32, device, args):
-    """Compile a model's blocks and shard its parameters over the ranks (FSDP2).
+def shard(model, dit, heads, device, args):
+    """Compile the blocks of a model's transformer `dit` and shard the model over the ranks (FSDP2).
 
-    Each block is its own unit, as is each module in `float32` (time embedding, heads); the rest is the last
-    unit. Trained weights are float32; they are gathered in --compute_dtype, and their gradients are
-    reduced in float32. Frozen weights are stored in --compute_dtype. The modules in `float32` stay float32.
-    Inputs are never cast, since modulation and rotary angles are float32. Weights that are on the meta
-    device get their memory later.
+    Each block is a unit of its own. So is each module that computes in float32: the time embedding and
+    `heads`, the modules at the end. The rest is the last unit. Trained weights are float32; they are gathered
+    in --compute_dtype, and their gradients are reduced in float32. Frozen weights are stored in
+    --compute_dtype. Inputs are never cast, since modulation and rotary angles are float32. Weights that are
+    on the meta device get their memory later.
     """
     ranks = dist.get_world_size()
-    heads = blocks[0].self_attn.num_heads
+    num_heads = dit.config.num_heads
+    float32 = [dit.time_embedding, dit.time_projection, *heads]
     dtype = compute_dtype(args, device)
     if args.dp_replicate < 1 or ranks % args.dp_replicate:
         raise InputError(f"--dp_replicate {args.dp_replicate} does not divide the {ranks} processes; "
                          f"use a divisor")
-    if heads % sequence.size():
-        raise InputError(f"--sp {sequence.size()} does not divide the model's {heads} heads; use a divisor")
+    if num_heads % sequence.size():
+        raise InputError(f"--sp {sequence.size()} does not divide the {num_heads} heads of the model; "
+                         f"use a divisor")
 
     exempt = {parameter for module in float32 for parameter in module.parameters()}
     for parameter in model.parameters():
@@ -166,13 +168,13 @@ def shard(model, blocks, float32, device, args):
     if args.compile:
         # One graph per resolution, with or without gradient, frozen or trained.
         torch._dynamo.config.recompile_limit = 64
-        for block in blocks:
+        for block in dit.blocks:
             block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
     # FSDP2 warns about outputs that are views: an in-place write would lose its gradient. There is none here.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for module in float32:
         fully_shard(module, mesh=mesh, offload_policy=offload, mp_policy=policy32)
-    for block in blocks:
+    for block in dit.blocks:
         fully_shard(block, mesh=mesh, offload_policy=offload, mp_policy=policy)
     return fully_shard(model, mesh=mesh, offload_policy=offload, mp_policy=policy)
 

@@ -11,7 +11,6 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 import cli
@@ -174,7 +173,6 @@ def main(argv=None):
         entries = list_videos(args.video, args.prompt or [])
         encoded = Path(args.output, "encoded")
         index = encode_clips(entries, args.model, encoded, args.size, args.frames, args.fps)
-        dist.barrier()  # rank 0 writes the index
     clips = Clips(index)
     clips.check()
     pavrm = PAVRM.from_pretrained(args.reward, dtype, device)

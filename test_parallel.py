@@ -236,7 +236,7 @@ def test_what_cannot_be_shared(world, monkeypatch):
         run(train_prfl, "run", "--dp_replicate", "3")
     monkeypatch.setattr(sequence, "size", lambda: 3)
     monkeypatch.setattr(parallel, "data_ranks", lambda: 1)
-    with pytest.raises(InputError, match="--sp 3 does not divide the model's 4 heads"):
+    with pytest.raises(InputError, match="--sp 3 does not divide the 4 heads"):
         run(train_prfl, "run")
 
 
@@ -325,8 +325,7 @@ def test_weights_stay_gathered_during_a_rollout(world):
     parallel.start()
     with torch.device("meta"):
         policy = WanModel(TINY)
-    parallel.shard(policy, policy.blocks, [policy.time_embedding, policy.time_projection, policy.head],
-                   torch.device("cpu"), train_prfl.parse_args([]))
+    parallel.shard(policy, policy, [policy.head], torch.device("cpu"), train_prfl.parse_args([]))
     policy.to_empty(device="cpu")
     fill_({name: tensor.to_local() for name, tensor in policy.state_dict().items()}, 0)
     x, inputs, results = draw((1, *SHAPE), 1), dict(t=torch.tensor([500.0]), context=[draw((3, 8), 2)]), []

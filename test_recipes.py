@@ -109,11 +109,11 @@ def test_a_recipe_is_the_published_setting(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_says_how_it_is_called(name):
-    """Its second line is a command that begins with it; flags after the recipe change it. It says how many
-    steps."""
-    what, command, *flags = (ROOT / f"recipes/{name}.args").read_text().splitlines()
-    assert what.startswith("# P") and "81 frames" in what
-    assert ("1280x704" if "720P" in name else "832x480") in what
+    """It names the size to encode, the command that begins with it, and the number of steps."""
+    what, encode, command, *flags = (ROOT / f"recipes/{name}.args").read_text().splitlines()
+    size = "1280x704" if "720P" in name else "832x480"
+    assert what.startswith("# P") and f"81 frames of {size}" in what
+    assert encode == f"# Encode the clips with data.py --size {size} --frames 81"
     assert any(line.startswith("--steps ") and "not published" in line for line in flags)
     script = stage(name).__name__
     assert command.startswith(f"# torchrun --nproc_per_node=8 {script}.py @recipes/{name}.args ")

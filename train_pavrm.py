@@ -200,7 +200,7 @@ def build_pavrm(args):
 def load_pavrm(pavrm, layers, args, device):
     """Shard it over all processes, and read each process's part of the transformer's weights."""
     dit = pavrm.dit
-    parallel.shard(pavrm, dit.blocks, [dit.time_embedding, dit.time_projection, *pavrm.heads], device, args)
+    parallel.shard(pavrm, dit, pavrm.heads, device, args)
     dit.to_empty(device=parallel.storage(args, device))
     dropped = [f"blocks.{i}." for i in range(len(dit.blocks), layers)]
     load_weights(dit, args.model, ignore=["head.", *dropped])
@@ -248,7 +248,8 @@ def main(argv=None):
     # ---- the model, the optimizer, and what the run records
     pavrm, layers = build_pavrm(args)
     dit = pavrm.dit
-    collate([clips.load(items[0][0])], dit.config, "cpu")  # refuses data that does not fit the model
+    for some, some_items in [(clips, items), (val_clips, val_items)]:
+        collate([some.load(some_items[0][0])], dit.config, "cpu")  # refuses clips that the model cannot take
     load_pavrm(pavrm, layers, args, device)
     optimizer = make_optimizer(pavrm, args, device)
     rates = [group["lr"] for group in optimizer.param_groups]

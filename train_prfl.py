@@ -216,10 +216,9 @@ class Batches:
 def load(model, dit, heads, directory, run_block, device, args):
     """Shard a model that has no weights yet over all processes, and read each process's part of the weights.
 
-    `dit` is its transformer, `heads` the modules at its end, which compute in float32.
+    `dit` is its transformer, `heads` the modules at its end.
     """
-    float32 = [dit.time_embedding, dit.time_projection, *heads]
-    parallel.shard(model, dit.blocks, float32, device, args)
+    parallel.shard(model, dit, heads, device, args)
     load_weights(model.to_empty(device=parallel.storage(args, device)), directory)
     dit.run_block = run_block
 

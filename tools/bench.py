@@ -136,10 +136,10 @@ def extrapolate(first, last, k_first, k_last, k):
 
 # ------------------------------------------------------------------------------ models and inputs
 
-def randomize(model, dit, float32, device, args):
+def randomize(model, dit, heads, device, args):
     """Shard a model that is on the meta device as training does, and give it small random weights where they
     will stay."""
-    parallel.shard(model, dit.blocks, [dit.time_embedding, dit.time_projection, *float32], device, args)
+    parallel.shard(model, dit, heads, device, args)
     model.to_empty(device=parallel.storage(args, device))
     with torch.no_grad():
         for parameter in model.parameters():
