@@ -26,12 +26,6 @@ torch.set_num_threads(1)  # everything here is tiny, and more threads are slower
 COMMITTED = Path(demo.__file__).parent / "demo"
 
 
-def committed(name):
-    """Skips the test where this part of demo/ has not been built yet."""
-    missing = not (COMMITTED / name).exists()
-    return pytest.mark.skipif(missing, reason=f"demo/{name} has not been built")
-
-
 # ------------------------------------------------------------------------------ clips and truth
 
 @pytest.mark.parametrize("fault", [None, *demo.FAULTS])
@@ -201,7 +195,6 @@ def test_the_table_by_hand():
 
 # ------------------------------------------------------------------------------ what is committed
 
-@committed("model/config.json")
 def test_the_committed_model_loads():
     encoder = Encoder(COMMITTED / "model", "cpu")
     assert json.loads((COMMITTED / "model/sampling.json").read_text())["size"] == [demo.SIZE, demo.SIZE]
@@ -216,7 +209,6 @@ def test_the_committed_model_loads():
     assert short.shape[1] == demo.TEXT_DIM and len(short) < len(long)
 
 
-@committed("reward/config.json")
 def test_the_committed_reward_model_loads():
     pavrm = PAVRM.from_pretrained(COMMITTED / "reward")
     assert list(pavrm.labels) == ["motion_quality"] and pavrm.dit.config.text_dim == demo.TEXT_DIM
@@ -224,7 +216,7 @@ def test_the_committed_reward_model_loads():
     assert logit.isfinite().all()
 
 
-@pytest.mark.parametrize("part", [pytest.param(part, marks=committed(part)) for part in ("train", "val")])
+@pytest.mark.parametrize("part", ["train", "val"])
 def test_the_committed_clips_are_those_of_the_committed_model(part):
     clips = Clips(COMMITTED / part / "index.jsonl")
     clips.check()
@@ -235,13 +227,11 @@ def test_the_committed_clips_are_those_of_the_committed_model(part):
     assert all(entry.get("hashes") == hashes for entry in clips.entries)
 
 
-@committed("clips")
 def test_the_committed_videos_have_no_faults():
     entries = read_list(COMMITTED / "clips/clips.json")
     assert list(faults(entries, "motion_quality", demo.FRAMES, demo.FPS)) == []
 
 
-@committed("train/index.jsonl")
 def test_every_script_runs_without_a_flag_on_what_is_committed():
     scripts = [(train_pavrm, "model train val"), (train_prfl, "model reward data"), (sample, "model")]
     for script, names in scripts:
@@ -251,6 +241,5 @@ def test_every_script_runs_without_a_flag_on_what_is_committed():
                 assert (COMMITTED.parent / path).exists(), (script.__name__, name)
 
 
-@committed("")
 def test_what_is_committed_is_small():
     assert sum(file.stat().st_size for file in COMMITTED.rglob("*") if file.is_file()) <= 8e6

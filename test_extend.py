@@ -10,7 +10,7 @@ import torch
 import solver
 import train_prfl
 from model import WanModel
-from testdata.helpers import ROOT, fill_vae, run, steps
+from testdata.helpers import ROOT, evaluations, fill_vae, run, steps
 
 PAGE = (ROOT / "docs/extend.md").read_text()
 SNIPPETS = dict(re.findall(r"<!-- (\w+\.py) -->\n```python\n(.*?)```", PAGE, re.DOTALL))
@@ -22,10 +22,6 @@ def snippet(name):
     """Write a snippet of the page to the current directory; returns its global names."""
     Path(name).write_text(SNIPPETS[name])
     return runpy.run_path(name)
-
-
-def evaluations(log):
-    return [line["evaluation"] for line in log if "evaluation" in line]
 
 
 def test_every_snippet_is_run_here():
