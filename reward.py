@@ -233,10 +233,11 @@ class ProcessReward:
         scores(x, t, batch) -> (B, n)   numbers with gradient, of latents x (B, C, F, H, W) at timestep t (B,)
         value(scores) -> (B,)           the reward, squashed as this reward wants it, for the log
         loss(scores) -> scalar          what training minimises
-        largest                         the largest possible value; samples near it are called saturated
+        largest                         the largest possible value: samples near it are called saturated, and
+                                        --phases rwr weights clips by exp((value - largest) / temperature)
         timesteps                       noise levels at which a finished clip is judged; [0]: the clean clip
 
-    `batch` has the texts and the condition of the clips (train_prfl.Batch).
+    `batch` has the prompts' states and the image condition of the clips: batch.texts, batch.condition.
     """
     timesteps = REWARD_TIMESTEPS
 

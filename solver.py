@@ -7,7 +7,7 @@ noise: s -> f s / (1 + (f - 1) s).
 A solver is a class `Name(steps, shift)` with an entry in SOLVERS. It has
 
     .timesteps       what the model is told at each step, as numbers or a tensor: one per step
-    .sigmas          the noise level of x before each step, and a last one, 0: one more than timesteps
+    .sigmas          the noise level of x before each step, and a last one, 0: numbers or a tensor, one more
     .step(v, i, x)   takes the velocity at step i (from 0), returns x at step i + 1, differentiable in v and x
 
 Steps come in order. A solver may keep what it needs of earlier steps as attributes; step 0 starts afresh. It

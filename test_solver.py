@@ -147,7 +147,7 @@ def test_a_straight_path_is_solved_exactly(name):
     """With the true velocity of a straight path, noise - x0, every solver ends on x0 whatever its steps."""
     x0, noise = draw((1, 4, 2), 0), draw((1, 4, 2), 1)
     solver = SOLVERS[name](6, 5.0)
-    sigma = solver.sigmas[0].item()
+    sigma = float(solver.sigmas[0])
     end = walk(lambda x, t: flow_matching_target(x0, noise), add_noise(x0, noise, sigma), solver)
     assert torch.allclose(end, x0, atol=1e-5)
 
