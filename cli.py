@@ -1,7 +1,8 @@
-"""What the command lines share: files of flags, flags of both training scripts, errors as one sentence."""
+"""What the command lines share: files of flags, numbers and their limits, flags of both training scripts,
+errors as one sentence."""
 import argparse
-import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -9,7 +10,12 @@ import time
 
 import torch.distributed as dist
 
+import files
 from files import InputError
+
+
+class FlagError(InputError):
+    """A flag is wrong: exit code 2, as argparse has it."""
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -32,15 +38,60 @@ class Parser(argparse.ArgumentParser):
                          allow_abbrev=False)
 
     def convert_arg_line_to_args(self, line):
-        return shlex.split(line, comments=True)
+        try:
+            return shlex.split(line, comments=True)
+        except ValueError as error:
+            self.error(f"a file of flags has the line {line!r} ({error}); check its quotes")
+
+    def parse_known_args(self, args=None, namespace=None):
+        try:
+            return super().parse_known_args(args, namespace)
+        except RecursionError:
+            self.error("a file of flags names itself; take that line out")
+
+    def error(self, message):
+        """One sentence, which `run` prints, in place of argparse's usage and exit."""
+        message = re.sub("^argument (.+?): ", r"\1 ", " ".join(message.split()))
+        message = message.replace(" invalid choice: ", " cannot be ", 1)
+        raise FlagError(message if ";" in message else f"{message}; --help shows what is possible")
+
+
+class Number(files.Number):
+    """The type of a flag, and the only check of its value: Number(0, 1) is a finite number from 0 to 1."""
+
+    def __call__(self, text):
+        try:
+            value = int(text) if self.step else float(text)
+        except ValueError:
+            value = None
+        if not files.fits(value, self):
+            raise argparse.ArgumentTypeError(f"{text:.40} is not possible; give {files.describe(self)}")
+        return value
+
+
+def whole(low, high=10**9, step=1):
+    """The type of a flag that is a whole number."""
+    return Number(low, high, step)
+
+
+# Those of several scripts.
+SEED = whole(0, 2**63 - 1)
+FRAMES = whole(1, 10_001, step=4)
+SIDE = whole(16, 16_384)
+FPS = Number(0.01, 1000)
+SHIFT = Number(0.001, 1000)
+GUIDANCE = Number(0, 1000)
+SOLVER_STEPS = whole(1, 1000)
 
 
 def parse_size(text):
     """"832x480" -> (832, 480)."""
-    width, _, height = text.partition("x")
-    if not (width.isdigit() and height.isdigit()):
-        raise argparse.ArgumentTypeError(f"{text} is not a size; write width x height, such as 832x480")
-    return int(width), int(height)
+    try:
+        width, height = map(SIDE, text.split("x"))
+    except (ValueError, argparse.ArgumentTypeError):
+        raise argparse.ArgumentTypeError(f"{text:.40} is not a size; write width x height, such as 832x480, "
+                                         f"each from {SIDE.low} to {SIDE.high:,}") from None
+    return width, height
 
 
 def parse_labels(words, pavrm):
@@ -52,11 +103,9 @@ def parse_labels(words, pavrm):
             raise InputError(f"--labels {word}: this reward model predicts {', '.join(pavrm.labels)}; "
                              f"choose from them, each once")
         try:
-            weights[name] = float(weight or 1)
-        except ValueError:
-            weights[name] = 0.0
-        if not 0 < weights[name] < math.inf:
-            raise InputError(f"--labels {word} needs a positive number as its weight; write {name}=0.5, say")
+            weights[name] = Number(0.001, 1000)(weight or "1")
+        except argparse.ArgumentTypeError as error:
+            raise InputError(f"--labels {word}: the weight {error}") from None
     return weights
 
 
@@ -65,16 +114,16 @@ def parse_labels(words, pavrm):
 def add_captions(group, long_caption, drop_prompt):
     """Flags about the caption that is drawn for each clip."""
     add = group.add_argument
-    add("--long_caption", type=float, default=long_caption,
+    add("--long_caption", type=Number(0, 1), default=long_caption,
         help="probability that a clip comes with its long caption instead of its short one")
-    add("--drop_prompt", type=float, default=drop_prompt,
+    add("--drop_prompt", type=Number(0, 1), default=drop_prompt,
         help="probability that a clip comes with the empty prompt instead of a caption")
 
 
 def add_noise_levels(group):
     """Flags about the noise levels of training; the shift is also that of rollouts and samples."""
     add = group.add_argument
-    add("--shift", type=float, default=5.0, help="how far all noise levels are shifted towards noise")
+    add("--shift", type=SHIFT, default=5.0, help="how far all noise levels are shifted towards noise")
     add("--timesteps", nargs="+", default=["uniform"],
         help="how the timesteps of noised clips are drawn: uniform (over the shifted table), logit_normal, "
              "or from a list of timesteps")
@@ -83,33 +132,38 @@ def add_noise_levels(group):
 def add_lora(group):
     """Flags about adapters."""
     add = group.add_argument
-    add("--lora_rank", type=int, default=0,
+    add("--lora_rank", type=whole(0, 10_000), default=0,
         help="rank of LoRA adapters, which train beside frozen weights; 0 trains the weights; published: 128")
-    add("--lora_alpha", type=float, help="numerator of the adapters' scale alpha / rank (default: the rank)")
+    add("--lora_alpha", type=Number(0.001, 10**6),
+        help="numerator of the adapters' scale alpha / rank (default: the rank)")
     add("--lora_targets", nargs="+", default=["q", "k", "v", "o"], help="linear layers that get adapters")
 
 
 def add_optimization(group, lr, accumulation):
     """Flags about batches and the optimizer, AdamW."""
     add = group.add_argument
-    add("--batch_size", type=int, default=2, help="clips (or pairs) per micro-step, over all processes")
-    add("--accumulation", type=int, default=accumulation, help="micro-steps whose gradients make one update")
-    add("--lr", type=float, default=lr, help="learning rate of the transformer")
+    add("--batch_size", type=whole(1, 10_000), default=2,
+        help="clips (or pairs) per micro-step, over all processes")
+    add("--accumulation", type=whole(1, 10_000), default=accumulation,
+        help="micro-steps whose gradients make one update")
+    add("--lr", type=Number(0, 10), default=lr, help="learning rate of the transformer")
     add("--lr_schedule", default="constant", choices=["constant", "linear", "cosine"],
         help="course of the learning rate after the warm-up: constant, or falling towards 0")
-    add("--warmup", type=int, default=0, help="steps in which the learning rate rises to its value")
-    add("--weight_decay", type=float, default=0.01, help="weight decay of AdamW")
-    add("--max_norm", type=float, default=1.0, help="norm to which larger gradients are clipped")
-    add("--ema", type=float, default=0.0,
+    add("--warmup", type=whole(0), default=0, help="steps in which the learning rate rises to its value")
+    add("--weight_decay", type=Number(0, 1000), default=0.01, help="weight decay of AdamW")
+    add("--max_norm", type=Number(1e-6, 10**9), default=1.0,
+        help="norm to which larger gradients are clipped")
+    add("--ema", type=Number(0, 1), default=0.0,
         help="decay of the moving average of the trained weights, updated once per step; 0 keeps no average")
-    add("--seed", type=int, default=0, help="seed of the data order, the noise and all other random draws")
+    add("--seed", type=SEED, default=0, help="seed of the data order, the noise and all other random draws")
 
 
-def add_execution(parser, save_every):
-    """Flags that say how a run is computed and saved. A resumed run may change all but the precision."""
+def add_execution(parser):
+    """Flags that say how a run is computed. All but the precision may change when a run is resumed."""
     add = parser.add_argument_group("processes, memory and precision").add_argument
-    add("--sp", type=int, default=1, help="processes that share a clip's tokens; divides the number of heads")
-    add("--dp_replicate", type=int, default=1,
+    add("--sp", type=whole(1, 10_000), default=1,
+        help="processes that share a clip's tokens; divides the number of heads")
+    add("--dp_replicate", type=whole(1, 100_000), default=1,
         help="copies of the weights, each sharded over an equal part of the processes; 1 needs least memory")
     add("--compile", action="store_true", help="compile the transformer blocks (torch.compile)")
     add("--activation_checkpointing", action="store_true",
@@ -126,28 +180,34 @@ def add_execution(parser, save_every):
     add("--bf16_residual", action="store_true",
         help="round the residual stream to bf16 between blocks, which halves the memory of the blocks' "
              "inputs; the official code keeps it in float32")
+    add("--timeout", type=Number(0.001, 10**6), default=10,
+        help="minutes that a process waits for the others")
 
+
+def add_checkpoints(parser, save_every):
+    """Flags about what a run saves. They may change when it is resumed."""
     add = parser.add_argument_group("checkpoints").add_argument
     add("--resume", action="store_true", help="continue from the newest checkpoint in --output")
-    add("--save_every", type=int, default=save_every,
+    add("--save_every", type=whole(1), default=save_every,
         help="steps between checkpoints; the last step always has one")
-    add("--keep_checkpoints", type=int, default=2, help="number of checkpoints to keep, the newest ones")
-    add("--export_every", type=int, default=0,
+    add("--keep_checkpoints", type=whole(1), default=2, help="number of checkpoints to keep, the newest ones")
+    add("--export_every", type=whole(0), default=0,
         help="steps between exports of the model to OUTPUT/exports; 0: only the result at the end")
-    add("--timeout", type=float, default=10, help="minutes that a process waits for the others")
 
 
 # ------------------------------------------------------------------------------ errors
 
 def run(main):
-    """Run a script's main(). Errors of the input, the disk or another process: one sentence, exit code 1.
+    """Run a script's main(). Errors of the input, the disk or another process: one sentence, exit code 1,
+    or 2 where a flag is wrong.
 
     The script ends at once. It does not wait for other processes, which may never come: torchrun stops them.
     """
+    failed = 1
     try:
         code = main()
     except (InputError, OSError) as error:
-        message = str(error)
+        message, failed = str(error), 2 if isinstance(error, FlagError) else 1
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
@@ -166,4 +226,4 @@ def run(main):
         time.sleep(3)
     sys.stdout.flush()
     print(f"error: {message}", file=sys.stderr, flush=True)
-    os._exit(1)
+    os._exit(failed)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from files import InputError, load_weights, weight_shapes
+from files import InputError, check_form, load_weights, weight_shapes
 
 # In the directory of a Wan2.1 image-to-video model.
 CLIP_FILE = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
@@ -90,14 +90,13 @@ class CLIPVisionModel(nn.Module):
         Sizes are read from its shapes; the text tower in the same file is skipped. Raises InputError if the
         file is missing, damaged or of another model.
         """
-        shapes = weight_shapes(path)
-        try:
-            dim, _, patch_size, _ = shapes["visual.patch_embedding.weight"]
-            _, num_tokens, _ = shapes["visual.pos_embedding"]
-            _, out_dim = shapes["visual.head"]
-        except KeyError as missing:
-            raise InputError(f"{path} holds no CLIP image tower ({missing} is missing); "
-                             f"give the official {CLIP_FILE}") from None
+        size = range(2, 10_001)
+        form = {"visual.patch_embedding.weight": [size] * 4, "visual.head": [size] * 2,
+                "visual.pos_embedding": [int, size, size]}
+        shapes = check_form(weight_shapes(path), form, path, f"the CLIP image tower is in {CLIP_FILE}")
+        dim, _, patch_size, _ = shapes["visual.patch_embedding.weight"]
+        _, num_tokens, _ = shapes["visual.pos_embedding"]
+        _, out_dim = shapes["visual.head"]
         if dim % 80:
             raise InputError(f"{path} is not CLIP ViT-H (its width is {dim}, not a multiple of 80); "
                              f"give the official {CLIP_FILE}")
@@ -106,5 +105,5 @@ class CLIPVisionModel(nn.Module):
         num_layers = sum(name.startswith("visual.") and name.endswith(".attn.proj.weight") for name in shapes)
         with torch.device("meta"):  # shapes without memory; the weights are then read into place
             model = cls(image_size, patch_size, dim, num_heads, num_layers, out_dim)
-        model = model.to(dtype).to_empty(device=device)
-        return load_weights(model, path, ignore=("textual.", "log_scale")).eval().requires_grad_(False)
+        load_weights(model.to(dtype), path, ignore=("textual.", "log_scale"), device=device)
+        return model.eval().requires_grad_(False)

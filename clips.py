@@ -6,11 +6,10 @@ encoded. Training needs neither videos nor the models that encode, so none of th
 Departures from the published code: an absent label is None, not 0; a clip that cannot be read is an error,
 not silently another clip; each epoch has a new order, and a run can resume at any step.
 """
-import io
 import itertools
-import json
 import math
 import random
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -20,10 +19,10 @@ import numpy as np
 import torch
 
 import parallel
-from files import InputError, open_safetensors, read_json
+from files import InputError, check_file, is_finite, parse_json, read_json, read_safetensors, read_text
+from forms import ANNOTATIONS, ARRAYS, ENTRY, LABELS, META
 
-ANNOTATIONS = ("physics_quality", "human_quality", "text_alignment", "blur_quality")
-LABELS = (*ANNOTATIONS, "motion_quality")  # motion_quality is physics_quality AND human_quality
+NOT_IN_NAMES = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff/\\\\]")  # line breaks, slashes, ...
 I2V = ("i2v", "flf2v")  # model types that are given frames of the clip
 
 
@@ -31,12 +30,19 @@ I2V = ("i2v", "flf2v")  # model types that are given frames of the clip
 
 def read_labels(given):
     """{name: 1, 0 or None} of the four annotations; a value without a meaning stays as it is."""
-    meaning = {"1": 1, "1.0": 1, "good": 1, "0": 0, "0.0": 0, "poor": 0, "": None, "none": None, "null": None}
+    meaning = {"1": 1, "1.0": 1, "good": 1, "true": 1, "0": 0, "0.0": 0, "poor": 0, "false": 0,
+               "": None, "none": None, "null": None}
     labels = {}
     for name in ANNOTATIONS:
         value = given.get(name)
         labels[name] = meaning.get(str(value).strip().lower(), value)
     return labels
+
+
+def names_a_file(source_id):
+    """Whether a file can have this name on any system: results are named after clips."""
+    plain = source_id not in ("", ".", "..") and not NOT_IN_NAMES.search(source_id)
+    return plain and len(source_id.encode()) <= 200
 
 
 def label_of(labels, name):
@@ -53,39 +59,16 @@ def label_of(labels, name):
 
 # ------------------------------------------------------------------------------ text files
 
-def read_text(path):
-    """The text of a UTF-8 file, as an open file."""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")  # spreadsheets begin with a BOM
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist; check the path") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is not UTF-8 text; save it as UTF-8") from None
-    return io.StringIO(text, newline="")
-
-
-def read_json_lines(path):
-    """[(line number, value)] of a .jsonl file, without its empty lines."""
+def read_json_lines(path, form=object):
+    """[(line number, value)] of a .jsonl file, without its empty lines. The form: see files.check_form."""
     numbered = []
-    for line, text in enumerate(read_text(path), 1):
-        if not text.strip():
-            continue
-        try:
-            numbered.append((line, json.loads(text)))
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}, line {line} is not valid JSON ({error}); fix it") from None
+    for line, text in enumerate(read_text(path).split("\n"), 1):
+        if text.strip():
+            numbered.append((line, parse_json(text, f"{path}, line {line}", form)))
     return numbered
 
 
 # ------------------------------------------------------------------------------ encoded clips
-
-ARRAYS = {  # the keys under which published metas name a clip's arrays; the first one that is there counts
-    "latents": ("video_vae_latent_path", "vae_latent_path", "latents_path"),
-    "condition": ("f1_black_path", "latents_condition_path"),
-    "clip": ("image_embeds", "imgclip_path"),
-    "text_short": ("save_textshort_path", "textshort_path", "text_en_path"),
-    "text_long": ("textlong_path", "text_en_path", "save_textshort_path", "textshort_path")}
-
 
 class Clips:
     """Encoded clips: our index.jsonl, a published `.list` (one meta JSON per line), or a list of meta JSON
@@ -103,17 +86,20 @@ class Clips:
         else:
             self.folder = Path(path).parent
             if Path(path).suffix == ".list":
-                metas = [_beside(line.strip(), self.folder) for line in read_text(path) if line.strip()]
+                lines = [line.strip() for line in read_text(path).split("\n")]
+                metas = [_beside(line, self.folder) for line in lines if line]
 
         if metas is None:
-            self.entries = [entry for _, entry in read_json_lines(path)]
+            self.entries = [entry for _, entry in read_json_lines(path, ENTRY)]
             for entry in self.entries:
-                entry["file"] = self.folder / entry.get("file", "")
+                entry["file"] = self.folder / entry["file"]
+                if not names_a_file(entry["source_id"]):  # results are named after it
+                    raise InputError(f"{path}: the source_id {entry['source_id']!r} cannot name a file; "
+                                     f"leave out slashes")
         else:
             self.entries = [_published(Path(meta)) for meta in metas]
-        if not self.entries or not all("shape" in entry for entry in self.entries):
-            raise InputError(f"{path} is not an index of encoded clips; "
-                             f"give the index.jsonl that data.py writes")
+        if not self.entries:
+            raise InputError(f"{path} is empty; give the index.jsonl that data.py writes")
 
         for entry in self.entries:
             entry["shape"] = tuple(entry["shape"])
@@ -171,8 +157,14 @@ class Clips:
     def prompts(self):
         """{"empty", "negative"}: text states (n, text_dim), from prompts.safetensors beside the index or
         list."""
-        tensors = open_safetensors(self.folder / "prompts.safetensors")
-        return {name: tensors.get_tensor(name) for name in ("empty", "negative")}
+        file = self.folder / "prompts.safetensors"
+        states = {name: read() for name, _, read in read_safetensors(file)}
+        for name in ("empty", "negative"):
+            state = states.get(name)
+            if state is None or state.ndim != 2 or not len(state) or not _is_sound(state):
+                raise InputError(f"{file}: {name} is missing, NaN, infinite or not (tokens, channels); "
+                                 f"write it again with data.py")
+        return states
 
     def check(self):
         """Raise InputError, naming clips and files, unless all tensors exist and have the right shapes."""
@@ -195,9 +187,9 @@ class Clips:
         sample = {"condition": None, "clip": None, "entry": entry}
         for name, (file, _, read) in self._headers(entry).items():
             sample[name] = read()
-            if not sample[name].isfinite().all():
-                raise InputError(f"clip {entry['source_id']}: {file} has NaN or infinite {name}; "
-                                 f"encode it again")
+            if not _is_sound(sample[name]):
+                raise InputError(f"clip {entry['source_id']}: {file} has NaN or infinite {name}, or other "
+                                 f"than floating-point numbers; encode it again")
         return sample
 
     def _headers(self, entry):
@@ -210,10 +202,8 @@ class Clips:
                 array = _array(file, name)
                 headers[name] = file, array.shape, partial(_copied, array)
             if "file" in entry:
-                tensors = open_safetensors(entry["file"])
-                for name in tensors.keys():
-                    shape = tuple(tensors.get_slice(name).get_shape())
-                    headers[name] = entry["file"], shape, partial(tensors.get_tensor, name)
+                for name, shape, read in read_safetensors(entry["file"]):
+                    headers[name] = entry["file"], shape, read
 
             needed = ["latents", "text_short", "text_long"]
             if entry.get("model_type") in I2V:
@@ -225,7 +215,7 @@ class Clips:
             right = {"latents": [(channels, *grid)], "condition": [(channels, *grid), (channels + 4, *grid)]}
             for name, (file, shape, _) in headers.items():
                 axes = 4 if name in right else 2
-                if len(shape) != axes or shape not in right.get(name, [shape]):
+                if len(shape) != axes or 0 in shape or shape not in right.get(name, [shape]):
                     raise InputError(f"{file} holds {name} of the wrong shape {list(shape)}; encode it again")
         except InputError as error:
             raise InputError(f"clip {entry['source_id']}: {error}") from None
@@ -234,7 +224,7 @@ class Clips:
 
 def _published(meta):
     """The entry of a clip that the published code has encoded, from its meta JSON."""
-    given = read_json(meta)
+    given = read_json(meta, META)
     arrays = {}
     for name, keys in ARRAYS.items():
         paths = [given[key] for key in keys if given.get(key)]
@@ -256,13 +246,18 @@ def _beside(path, folder):
 
 def _array(file, name):
     """A published array, memory-mapped, without its batch axis; the tokens of CLIP's pictures are joined."""
+    check_file(file)
     try:
         array = np.load(file, mmap_mode="r", allow_pickle=False)
+        if array.dtype.kind != "f":
+            raise ValueError(f"it holds {array.dtype}")
         return array.reshape(-1, array.shape[-1]) if name == "clip" else array[0]
-    except FileNotFoundError:
-        raise InputError(f"{file} does not exist; check the path") from None
-    except (ValueError, EOFError, IndexError) as error:
+    except Exception as error:  # numpy raises many kinds; nothing from the file has been run
         raise InputError(f"{file} is damaged or not an array ({error}); copy or make it again") from None
+
+
+def _is_sound(tensor):
+    return tensor.is_floating_point() and is_finite(tensor)
 
 
 def _copied(array):

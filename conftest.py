@@ -53,6 +53,7 @@ def world(world_files, tmp_path, monkeypatch):
     yield lines
     for number in (signal.SIGTERM, signal.SIGUSR1):  # the training scripts take these over
         signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if dist.is_initialized():
         dist.destroy_process_group()
 

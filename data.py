@@ -1,6 +1,6 @@
 """The data stage: check a list of annotated videos, and encode each of them once for training.
 
-    python data.py --check clips.json                                 # every fault of a list, and its balance
+    python data.py --check clips.json --model Wan2.1-I2V-14B-480P     # every fault of a list, and its balance
     python data.py --list clips.json --model Wan2.1-I2V-14B-480P --output data
     torchrun --nproc_per_node=8 data.py --list ... --model ... --output ...            # eight share the work
 
@@ -19,6 +19,7 @@ The header of a clip's file says what it was made from. So a run that was stoppe
 a clip with a new caption or video is encoded again. Labels are only in the index: new ones re-encode nothing.
 """
 import os
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -26,10 +27,10 @@ import torch.distributed as dist
 
 import cli
 import parallel
-from annotations import balance, faults, read_list
-from clips import LABELS, read_text
-from encode import PUBLISHED, Encoder, encode_clips
-from files import write_safetensors
+from annotations import balance, read_list, where
+from clips import LABELS, label_of
+from encode import Encoder, choose_settings, encode_clips, look_through
+from files import InputError, read_text, write_safetensors
 
 
 def parse_args(argv=None):
@@ -39,7 +40,8 @@ def parse_args(argv=None):
         help="clips to encode: a .json, .jsonl or .csv list; for a published .list, whose clips are already "
              "encoded, only prompts.safetensors is written, next to it")
     add("--check", metavar="LIST",
-        help="only report the faults of this list and count its labels (default: encode --list)")
+        help="only report every fault because of which this list would be refused with --model, --output, "
+             "--size, --frames and --fps, and count its labels (default: encode --list)")
     add("--label", choices=LABELS,
         help="with --check: report clips without an annotation of this label (default: it may be absent)")
 
@@ -52,22 +54,43 @@ def parse_args(argv=None):
     before = "(default: that of the clips in --output, else of the model's sampling.json, else"
     add("--size", type=cli.parse_size,
         help=f"width x height in pixels, multiples of 16, turned for upright clips {before} 832x480)")
-    add("--frames", type=int,
-        help=f"frames per clip, 1 + 4n {before} 81); with --check the fewest a clip may have (default: 5)")
-    add("--fps", type=float,
-        help=f"frames per second {before} 16); with --check frames are counted at this rate (default: 16)")
-    add("--batch_size", type=int, default=1,
+    add("--frames", type=cli.FRAMES,
+        help=f"frames per clip, 1 + 4n {before} 81)")
+    add("--fps", type=cli.FPS,
+        help=f"frames per second {before} 16)")
+    add("--batch_size", type=cli.whole(1, 10_000), default=1,
         help="clips that a process encodes at once; more is faster if clips are small")
     return parser.parse_args(argv)
+
+
+def check(args):
+    """Print the faults of a list, how many clips have which label, and how many encoding would refuse."""
+    entries = read_list(args.check)
+    output = Path(args.output)
+    settings = choose_settings(Encoder(args.model, "cpu"), output, args.size, args.frames, args.fps)
+    _, _, found, warnings = look_through(entries, output, settings)
+    refused = sum(map(bool, found))
+    for entry, sentences in zip(entries, found, strict=True):
+        if args.label and label_of(entry["labels"], args.label) is None:
+            sentences.append(f"{where(entry)}{args.label} is not annotated")
+    found = list(chain(*found))
+
+    for warning in warnings:
+        print(f"warning: {warning}")
+    print("\n".join([*found, f"{len(entries)} clips, {len(found)} faults", balance(entries)]))
+    width, height = settings["size"]
+    print(f"{refused or 'none'} of {len(entries)} clips would be refused "
+          f"({settings['frames']} frames at {settings['fps']:g} fps, {width}x{height})"
+          f"{'; until they are fixed or removed, nothing is encoded' if refused else ''}")
+    return 1 if found else 0
 
 
 def main(argv=None):
     args = parse_args(argv)
     if args.check:
-        entries = read_list(args.check)
-        found = list(faults(entries, args.label, args.frames, args.fps or PUBLISHED["fps"]))
-        print("\n".join([*found, f"{len(entries)} clips, {len(found)} faults", balance(entries)]))
-        return 1 if found else 0
+        return check(args)
+    if args.label:
+        raise InputError("--label does nothing without --check; give both, or leave it out")
     if args.list.endswith(".list"):
         read_text(args.list)  # raises an error if it does not exist
         encoder = Encoder(args.model, "cuda" if torch.cuda.is_available() else "cpu")

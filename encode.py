@@ -4,8 +4,9 @@ Training then needs neither videos nor the VAE, the text encoder or CLIP. `data.
 """
 import hashlib
 import json
+import sys
 from functools import cached_property
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 
 import torch
@@ -14,12 +15,14 @@ from tqdm import tqdm
 
 from annotations import list_faults, video_faults
 from clip import CLIP_FILE, CLIPVisionModel
-from files import InputError, atomic_write, open_safetensors, read_json, write_safetensors
+from files import InputError, atomic_write, open_safetensors, parse_json, read_json, write_safetensors
+from forms import KIND, SAMPLING
 from t5 import SPIECE_FILE, T5_FILE, Tokenizer, UMT5Encoder, encode_prompts
 from vae import VAE_FILE, WanVAE
 from video import read_video, to_tensor
 
 PUBLISHED = {"size": [832, 480], "frames": 81, "fps": 16}
+MADE_FROM = {"settings?": {name: SAMPLING[f"{name}?"] for name in PUBLISHED}}  # the header of an encoded file
 NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，"
     "整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，"
@@ -37,13 +40,13 @@ class Encoder:
         self.directory, self.device = Path(model_dir), device
         self.states = {}  # {prompt: text states}, because many clips share a caption
         expert = self.directory / "low_noise_model"  # Wan2.2 A14B: two transformers, their configs agree
-        config = read_json((expert if expert.is_dir() else self.directory) / "config.json")
-        self.model_type = config.get("model_type")
+        config = read_json((expert if expert.is_dir() else self.directory) / "config.json", KIND)
+        self.model_type = config["model_type"]
         self.text_len = config.get("text_len", 512)
         if self.model_type not in ("t2v", "i2v", "flf2v"):
-            raise InputError(f"{model_dir} is a {self.model_type} model; give one for t2v, i2v or flf2v")
+            raise InputError(f"{model_dir} is a {self.model_type:.20} model; give one for t2v, i2v or flf2v")
         own = self.directory / "sampling.json"  # for models whose size is not the published one
-        sampling = read_json(own) if own.is_file() else {}
+        sampling = read_json(own, SAMPLING) if own.is_file() else {}
         self.sampling = {name: value for name, value in sampling.items() if name in PUBLISHED}
         self.given = {"t2v": [], "i2v": [0], "flf2v": [0, -1]}[self.model_type]  # frames the model is given
         self.has_clip = bool(self.given) and (self.directory / CLIP_FILE).is_file()
@@ -79,7 +82,11 @@ class Encoder:
             if prompt not in self.states:
                 if len(self.states) == 1000:
                     del self.states[next(iter(self.states))]  # the oldest
-                self.states[prompt] = encode_prompts(*self.text_encoder, [prompt])[0].bfloat16().cpu()
+                states = encode_prompts(*self.text_encoder, [prompt])[0].bfloat16().cpu()
+                if not states.isfinite().all():
+                    raise InputError(f"{self.directory / T5_FILE} gave text states that are NaN or infinite; "
+                                     f"copy or make it again")
+                self.states[prompt] = states
             found.append(self.states[prompt].clone())
         return found
 
@@ -142,40 +149,22 @@ def encode_clips(entries, model_dir, output, size=None, frames=None, fps=None, d
     Raises InputError for all faults of the list before anything is encoded, and if `output` holds clips that
     were encoded by another model or with other settings.
     """
-    rank, ranks = 0, 1
-    if dist.is_initialized():
-        rank, ranks = dist.get_rank(), dist.get_world_size()
+    rank, ranks = _place()
     encoder = Encoder(model_dir, device or ("cuda" if torch.cuda.is_available() else "cpu"))
     output = Path(output)
     prompts = output / "prompts.safetensors"
     settings = choose_settings(encoder, output, size, frames, fps)
 
-    # What is left to do. A clip is done if the header of its file names the same source.
-    listed = list_faults(entries)
-    files = [output / "clips" / f"{entry['source_id']}.safetensors" for entry in entries]
-    shapes, left = {}, {}
-    for i in range(rank, len(entries), ranks):
-        source = _source(entries[i], settings)
-        if not listed[i] and source and _made_from(files[i]) == source:
-            shapes[i] = open_safetensors(files[i]).get_slice("latents").get_shape()
-        else:
-            left[i] = source
-    left = _merged(left)
-    share = sorted(left)[rank::ranks]
-
-    # All faults are reported together, before anything is encoded. Only what is left is decoded for that.
-    damaged = {}
-    for i in tqdm(share, desc="checking", disable=None if rank == 0 else True):  # None: only on a terminal
-        damaged[i] = video_faults(entries[i], settings["frames"], settings["fps"])
-    damaged = _merged(damaged)
-    found = []
-    for i, sentences in enumerate(listed):
-        found += damaged.get(i, []) + sentences
-    if found:
+    # All faults are reported together, before anything is encoded.
+    shapes, left, found, warnings = look_through(entries, output, settings)
+    if found := list(chain(*found)):
         raise InputError(f"the list has {len(found)} faults, nothing was encoded:\n  " + "\n  ".join(found))
 
+    for warning in warnings if rank == 0 else ():
+        print(f"warning: {warning}", file=sys.stderr)
     if rank == 0 and not _made_from(prompts):
         write_safetensors(prompts, encoder.prompts(), {"made_from": json.dumps({"settings": settings})})
+    share = sorted(left)[rank::ranks]
     progress = tqdm(total=len(share), desc="encoding", disable=None if rank == 0 else True)
     for start in range(0, len(share), batch_size):
         part = share[start:start + batch_size]
@@ -188,25 +177,58 @@ def encode_clips(entries, model_dir, output, size=None, frames=None, fps=None, d
                     if not tensor.isfinite().all():
                         raise InputError(f"{entries[i]['video_path']} gave {name} that are NaN or infinite; "
                                          f"check the files in {model_dir}")
-                write_safetensors(files[i], tensors, {"made_from": json.dumps(left[i])})
+                write_safetensors(_file(output, entries[i]), tensors, {"made_from": json.dumps(left[i])})
                 shapes[i] = list(tensors["latents"].shape)
                 progress.update()
 
     # One rank writes the index, in the list's order, when all have finished.
     shapes = _merged(shapes)
     if rank == 0:
-        with atomic_write(output / "index.jsonl") as beside, open(beside, "w", encoding="utf-8") as index:
-            for i, entry in enumerate(entries):
-                line = {"file": f"clips/{files[i].name}"} | entry | {"shape": shapes[i]} | settings
-                del line["line"]  # where it stood in the list
-                index.write(json.dumps(line, ensure_ascii=False) + "\n")
+        lines = []
+        for i, entry in enumerate(entries):
+            line = {"file": f"clips/{_file(output, entry).name}"} | entry | {"shape": shapes[i]} | settings
+            for about_the_list in ("line", "faults"):
+                line.pop(about_the_list, None)
+            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+        with atomic_write(output / "index.jsonl") as beside:  # half a character becomes a JSON escape
+            beside.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
     if dist.is_initialized():
         dist.barrier()  # nobody continues before the index exists
     return output / "index.jsonl"
 
 
+def look_through(entries, output, settings):
+    """What is to be encoded and what is wrong. `encode_clips` begins with this, and --check does this alone.
+
+    Returns {i: shape of the latents} of clips that are encoded already (a rank gets those of its share),
+    {i: what its file will be made from} of those that are left, the faults of each clip, and all warnings.
+    Only clips that are left are decoded. Every rank of a process group takes its share.
+    """
+    rank, ranks = _place()
+    listed = list_faults(entries)
+    shapes, left = {}, {}
+    for i in range(rank, len(entries), ranks):
+        source = _source(entries[i], settings)
+        shape = _encoded_shape(_file(output, entries[i]), source) if source and not listed[i] else None
+        if shape:
+            shapes[i] = shape
+        else:
+            left[i] = source
+    left = _merged(left)
+
+    looked_at = {}  # i: (faults, warnings)
+    share = sorted(left)[rank::ranks]
+    for i in tqdm(share, desc="checking", disable=None if rank == 0 else True):  # None: only on a terminal
+        looked_at[i] = video_faults(entries[i], settings["frames"], settings["fps"])
+    looked_at = _merged(looked_at)
+    found = [looked_at.get(i, ([], []))[0] + sentences for i, sentences in enumerate(listed)]
+    return shapes, left, found, list(chain(*(looked_at[i][1] for i in sorted(looked_at))))
+
+
 def choose_settings(encoder, output, size, frames, fps):
     """The settings to encode with, as `encode_clips` says. One directory holds one kind of data."""
+    if output.exists() and not output.is_dir():
+        raise InputError(f"{output} is a file; give a directory for the encoded clips")
     prompts = output / "prompts.safetensors"
     usual = _made_from(prompts).get("settings") or PUBLISHED | encoder.sampling
     asked = {"size": size and list(size), "frames": frames, "fps": fps}
@@ -224,18 +246,37 @@ def choose_settings(encoder, output, size, frames, fps):
 
 
 def _source(entry, settings):
-    """What a clip's file is made from; None if the video is missing."""
-    if not Path(entry["video_path"] or "").is_file():
+    """What a clip's file is made from; None if the video cannot be read."""
+    try:
+        video = fast_hash(entry["video_path"] or "")
+    except (InputError, OSError):
         return None
-    captions = [entry["short_caption"], entry["long_caption"]]
-    return {"settings": settings, "video": fast_hash(entry["video_path"]), "captions": captions}
+    return {"settings": settings, "video": video, "captions": [entry["short_caption"], entry["long_caption"]]}
 
 
 def _made_from(file):
     """The source that an encoded file's header names."""
     if not file.is_file():
         return {}
-    return json.loads((open_safetensors(file).metadata() or {}).get("made_from", "{}"))
+    said = (open_safetensors(file).metadata() or {}).get("made_from", "{}")
+    return parse_json(said, f"the header of {file}", MADE_FROM)
+
+
+def _encoded_shape(file, source):
+    """The shape of the latents in a clip's file; None unless it was made from `source`."""
+    if _made_from(file) != source:
+        return None
+    tensors = open_safetensors(file)
+    return tensors.get_slice("latents").get_shape() if "latents" in tensors.keys() else None
+
+
+def _file(output, entry):
+    return output / "clips" / f"{entry['source_id']}.safetensors"
+
+
+def _place():
+    """(rank, number of ranks)"""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def _read_turned(path, settings):

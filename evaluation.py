@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 import parallel
 from clips import collate, label_of
-from files import is_main
+from files import InputError, is_finite, is_main
 from reward import REWARD_TIMESTEPS, bce_loss, bradley_terry_loss
 from solver import TrainingSchedule, add_noise
 
@@ -48,6 +48,9 @@ def score_clips(pavrm, clips, indices, timesteps, device, seed=0, batch_size=1, 
         noise = fixed_noise(clip, seed).to(device)
         text = clip["text_short"].to(device)
         found = process_logits(pavrm, x0, text, condition, noise, timesteps, None, batch_size, shift)
+        if not is_finite(found):
+            raise InputError(f"clip {clip['entry']['source_id']}: its scores are NaN or infinite; "
+                             f"look at the weights of the reward model, and at the clip")
         if counts:
             logits[n] = found.cpu()
     dist.all_reduce(logits)  # each rank has zeros where others did the work

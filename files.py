@@ -1,16 +1,19 @@
-"""Read weights strictly and write files atomically.
+"""Read files strictly and write them atomically.
 
-Everything that the project loads or saves passes through here, so two promises are kept in one place:
+Everything that the project loads or saves passes through here, so three promises are kept in one place:
 
-* Loaded weights have exactly the expected names and shapes. They are never unpickled into objects, and stream
-  tensor by tensor into place (a plain tensor or this rank's shard of one).
-* A saved file or directory appears whole or not at all: it is written under a temporary name,
-  flushed to the disk and then renamed.
+* JSON of others has the expected form (forms.py), or a sentence says where it differs.
+* Loaded weights have exactly the expected names and shapes, and are finite. They are never unpickled into
+  objects, and stream tensor by tensor into place (a plain tensor or this rank's shard of one).
+* A saved file or directory appears whole or not at all: it is written beside its place, flushed to the disk
+  and then renamed. Weights that are not finite are not written.
 """
 import json
 import math
 import os
 import shutil
+import sys
+from collections import namedtuple
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,24 +30,129 @@ class InputError(ValueError):
     """The user gave something wrong. The message is one sentence that says what, where and what to do."""
 
 
-# ------------------------------------------------------------------------------ reading
+# ------------------------------------------------------------------------------ text and JSON of others
 
-def read_json(path):
+Number = namedtuple("Number", "low high step", defaults=[0])  # step 1: whole numbers, 4: low + 4n, 0: any
+NOTHING = set()                            # {"a": int, str: NOTHING}: an object without any key but "a"
+WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", None: "null",
+         dict: "an object", list: "a list", object: "a value"}
+
+
+def check_file(path):
+    """Raise InputError unless `path` is a file, or a link to one."""
+    if not os.path.isfile(path):
+        what = "is not a file" if os.path.exists(path) else "does not exist"
+        raise InputError(f"{path} {what}; check the path")
+
+
+def read_text(path):
+    """The text of a UTF-8 file. Whatever goes wrong becomes a sentence with its name."""
+    check_file(path)
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist; check the path") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path} is not valid JSON ({error}); fix it or write it again") from None
+        return Path(path).read_text(encoding="utf-8-sig")  # spreadsheets begin with a BOM
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8 text; save it as UTF-8") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); check its permissions") from None
 
+
+def parse_json(text, where, form=object):
+    """The value of JSON text that was read from `where`; InputError unless it has the form (`check_form`)."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
+        raise InputError(f"{where} is not valid JSON ({error}); fix it or write it again") from None
+    return check_form(value, form, where)
+
+
+def read_json(path, form=object):
+    """The value of a JSON file; InputError unless it has the form (`check_form`)."""
+    return parse_json(read_text(path), path, form)
+
+
+def check_form(value, form, where, hint=""):
+    """Return `value`, which was read from `where`; InputError unless it has the form:
+
+        int, float, str, bool, dict, list, None, object   such a value; numbers are finite; object is any
+        range(1, 9), Number(0, 1)     a whole number of the range; a number from 0 to 1
+        {"t2v", "i2v"}                one of these values
+        [int], [int, str]             whole numbers, at least one; a list of just these two
+        {"a": int, "b?": str}         an object with a, and with b or without; other keys are ignored
+        {str: int}                    an object whose (other) keys all have whole numbers
+        (int, [int], None)            one of these forms
+
+    hint: what to do, if the form does not say it.
+    """
+    if fault := fault_of(value, form):
+        key, what, expected = fault
+        hint = hint and f"; {hint}"
+        raise InputError(f"{where}: {key or 'the content'} {what}; expected {describe(expected)}{hint}")
+    return value
+
+
+def fault_of(value, form, key=""):
+    """(key, what is wrong with its value, the form that is expected there) of the first fault, or None."""
+    if type(form) is tuple:
+        faults = [fault_of(value, each, key) for each in form]
+        if None in faults:
+            return None
+        deepest = max(faults, key=lambda fault: len(fault[0]))
+        return deepest if deepest[0] != key else (key, deepest[1], form)
+    parts = []  # (value, form, key) of what is inside
+    if isinstance(form, dict) and isinstance(value, dict):
+        prefix = f"{key}." if key else ""
+        for name in form:
+            if name is not str and not name.endswith("?") and name not in value:
+                return prefix + name, "is missing", form[name]
+        for name, part in value.items():
+            parts.append((part, form.get(name, form.get(f"{name}?", form.get(str, object))), prefix + name))
+    elif isinstance(form, list) and type(value) in (list, tuple) and value and len(form) in (1, len(value)):
+        parts = [(part, form[i % len(form)], f"{key}[{i}]") for i, part in enumerate(value)]
+    elif not fits(value, form):
+        shown = WORDS.get(type(value)) if isinstance(value, dict | list) else json.dumps(value)
+        return key, f"is {shown[:60]}", form
+    return next((fault for part in parts if (fault := fault_of(*part))), None)
+
+
+def fits(value, form):
+    """Whether a value has one of the forms without parts."""
+    if form is float:
+        form = Number(-sys.float_info.max, sys.float_info.max)  # not nan, not inf
+    if isinstance(form, range):
+        form = Number(form[0], form[-1], form.step)
+    if isinstance(form, tuple):  # a Number, perhaps that of a flag
+        if type(value) is not int and (form.step or type(value) is not float):
+            return False
+        return form.low <= value <= form.high and (not form.step or (value - form.low) % form.step == 0)
+    if isinstance(form, set):
+        return isinstance(value, str) and value in form
+    return form is object or value is form or type(value) is form
+
+
+def describe(form):
+    """A form in words."""
+    if type(form) is tuple:
+        return " or ".join(map(describe, form))
+    if isinstance(form, range):
+        form = Number(form[0], form[-1], form.step)
+    if isinstance(form, tuple):
+        kind = {0: "a number", 1: "a whole number"}.get(form.step, f"{form.low} + {form.step}n")
+        return f"{kind} from {form.low:,} to {form.high:,}"
+    if isinstance(form, set):
+        return " or ".join(sorted(form)) or "no such key"
+    if isinstance(form, list):
+        return "a list that is not empty" if len(form) == 1 else f"a list of {len(form)}"
+    return WORDS[dict if isinstance(form, dict) else form]
+
+
+# ------------------------------------------------------------------------------ reading weights
 
 def open_safetensors(path):
     """`safe_open`; raises InputError if the file is missing, truncated or not a safetensors file."""
-    if not Path(path).is_file():
-        raise InputError(f"{path} does not exist; check the path")
+    check_file(path)
     try:
         return safe_open(path, framework="pt")
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is damaged or not a safetensors file ({error}); "
                          f"copy or make it again") from None
 
@@ -52,13 +160,16 @@ def open_safetensors(path):
 def weight_files(path):
     """The files with the weights at `path`: a directory (sharded or not), a .safetensors or a .pth file."""
     path = Path(path)
-    if path.is_file():
-        return [path]
     if not path.is_dir():
-        raise InputError(f"{path} does not exist; check the path")
+        check_file(path)
+        return [path]
     indices = sorted(path.glob("*.safetensors.index.json"))
     if indices:
-        names = set(read_json(indices[0])["weight_map"].values())
+        names = set(read_json(indices[0], {"weight_map": {str: str}})["weight_map"].values())
+        for name in sorted(names):
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                raise InputError(f"{indices[0]} names the file {name!r}; "
+                                 f"it may only name .safetensors files beside it")
         return [path / name for name in sorted(names)]
     found = sorted(path.glob("*.safetensors"))
     if len(found) != 1:
@@ -73,26 +184,32 @@ def read_weights(path):
     `read()` returns the tensor from the file, `read(rows)` only a slice of its first axis.
     """
     for file in weight_files(path):
-        yield from _read_safetensors(file) if file.suffix == ".safetensors" else _read_pth(file)
+        yield from read_safetensors(file) if file.suffix == ".safetensors" else _read_pth(file)
 
 
-def _read_safetensors(file):
-    with open_safetensors(file) as tensors:
-        for name in tensors.keys():
-            part = tensors.get_slice(name)
+def read_safetensors(file):
+    """`read_weights` of one .safetensors file."""
+    tensors = open_safetensors(file)
+    for name in tensors.keys():
+        part = tensors.get_slice(name)
 
-            def read(rows=None, name=name, part=part):
+        def read(rows=None, name=name, part=part):
+            try:
                 return tensors.get_tensor(name) if rows is None else part[rows]
+            except (SafetensorError, RuntimeError) as error:  # a type that torch does not have
+                raise InputError(f"{file}: {name} cannot be read ({error}); use the official file") from None
 
-            yield name, tuple(part.get_shape()), read
+        yield name, tuple(part.get_shape()), read
 
 
 def _read_pth(file):
     try:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        shapes = {str(name): tuple(tensor.shape) for name, tensor in state.items()}
+        if not all(tensor.layout == torch.strided and not tensor.is_meta for tensor in state.values()):
+            raise ValueError("not all of its tensors are plain ones")
     except Exception as error:  # torch raises many kinds; in each case nothing from the file has been run
-        reason = str(error).strip().splitlines()[0][:200]
+        reason = str(error).strip().partition("\n")[0][:200]
         raise InputError(f"{file} is damaged or holds more than tensors and was not loaded "
                          f"({type(error).__name__}: {reason}); use the official file") from None
     for name, shape in shapes.items():
@@ -104,16 +221,23 @@ def _read_pth(file):
 
 def weight_shapes(path):
     """{tensor name: shape} of the weights at `path`, read from the headers only."""
-    return {name: shape for name, shape, _ in read_weights(path)}
+    shapes = {}
+    for name, shape, _ in read_weights(path):
+        if name in shapes or 0 in shape:
+            what = "is in two files" if name in shapes else f"has no values, {list(shape)}"
+            raise InputError(f"{path}: {name} {what}; use the official files")
+        shapes[name] = shape
+    return shapes
 
 
 @torch.no_grad()
-def load_weights(module, path, prefix="", ignore=()):
+def load_weights(module, path, prefix="", ignore=(), device=None):
     """Fill `module` in place from the weights at `path`. All names and shapes must match, else InputError.
 
     prefix: only names with this prefix are read, and the prefix is stripped (CLIP's file holds two towers).
     ignore: names that then start with one of these are skipped (a reward model does not use the transformer's
-    head). The adapters of LoRA are not part of a checkpoint and keep their values. Parameters that
+    head). device: where a module on the meta device gets its memory, after names and shapes have been found
+    to match. The adapters of LoRA are not part of a checkpoint and keep their values. Parameters that
     `fully_shard` has turned into DTensors read only this rank's part. Memory: the module and one tensor.
     """
     def wanted(name):
@@ -130,15 +254,39 @@ def load_weights(module, path, prefix="", ignore=()):
         more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise InputError(f"{path} is a checkpoint of another model: {'; '.join(faults[:3])}{more}; "
                          f"give the directory or file that matches the configuration")
-    for name, _, read in read_weights(path):
-        if wanted(name):
-            tensor = ours[name.removeprefix(prefix)]
-            rows = own_rows(tensor)
-            if rows is None:
-                fill(tensor, read())
-            else:
-                tensor.to_local().copy_(read(rows))
+    if device is not None:
+        ours = module.to_empty(device=device).state_dict()
+    for file in weight_files(path):
+        for name, _, read in read_weights(file):
+            if wanted(name):
+                _load_tensor(ours[name.removeprefix(prefix)], read, f"{file}: {name}")
     return module
+
+
+def _load_tensor(tensor, read, where):
+    """Read one tensor into its place, or this rank's part of it. InputError unless its values are numbers.
+
+    The values are looked at once where they have arrived: a pass over 28 GB of a bf16 14B model's weights, or
+    57 GB in float32, beside reading the same bytes from the disk. One core does 10 GB a second, a GPU 2,000.
+    """
+    rows = own_rows(tensor)
+    values = read() if rows is None else read(rows)
+    if not values.is_floating_point():
+        raise InputError(f"{where} is {values.dtype}, expected floating-point numbers; use the official file")
+    if rows is None:
+        fill(tensor, values)
+    else:
+        tensor.to_local().copy_(values)
+    if not is_finite(tensor):
+        raise InputError(f"{where} has NaN or infinite values; copy or make the file again")
+
+
+def is_finite(tensor):
+    """Whether no value (of a sharded tensor: of this rank's part) is NaN or infinite; one pass, no copy."""
+    tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return all(value.isfinite().item() for value in torch.aminmax(tensor))  # NaN becomes both
 
 
 def own_rows(tensor):
@@ -211,8 +359,9 @@ def remove(path):
 
 
 def write_json(path, value):
-    with atomic_write(path) as beside:
-        beside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    with atomic_write(path) as beside:  # half of a character, as odd file names have, becomes its JSON escape
+        beside.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_safetensors(path, tensors, metadata=None):
@@ -222,6 +371,9 @@ def write_safetensors(path, tensors, metadata=None):
 
 
 def _save_file(tensors, beside, path, metadata=None):
+    for name in tensors:
+        if not is_finite(tensors[name]):
+            raise InputError(f"{path} was not written, for {name} is NaN or infinite; what was there stays")
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside, metadata)
         umask = os.umask(0)

@@ -14,15 +14,39 @@ good.
 import json
 import random
 import re
+import shlex
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from mimetypes import guess_type
 from pathlib import Path
 
 import cli
-from annotations import read_list
+from annotations import read_list, where
 from clips import LABELS, label_of
 from files import InputError, read_json, write_json
+
+CONNECTIONS = 32  # how many may be open at once; a browser opens about six
+SECONDS = 30      # how long a connection may stand still
+
+
+MEANING = {  # label: (what good means, what poor means)
+    "physics_quality": ("Things move, fall, collide and keep their shape as they would in the real world.",
+                        "Something moves, bends, appears, vanishes or passes through other things as nothing "
+                        "real would."),
+    "human_quality": ("People and animals look and move like real ones. So does a clip without any.",
+                      "A face, hand, limb or gait is wrong: distorted, too many, fused, or moving as no body "
+                      "can."),
+    "text_alignment": ("The clip shows what the caption says: the things, how many, how they look and what "
+                       "they do.",
+                       "Something that the caption names is missing, different, or does something else."),
+    "blur_quality": ("The picture is sharp, also where things move.",
+                     "The picture, or what matters in it, is blurred, smeared or ghosted.")}
+MEANING["motion_quality"] = (
+    "The motion is right in both respects: things obey physics, and people and animals, if there are any, "
+    "look and move like real ones.",
+    "One of the two is wrong: something moves or changes as nothing real would, or a face, hand, limb or "
+    "gait is distorted.")
 
 
 class Server(ThreadingHTTPServer):
@@ -35,27 +59,47 @@ class Server(ThreadingHTTPServer):
         self.path = Path(path)
         self.label = label
         self.lock = threading.Lock()
+        self.places = threading.BoundedSemaphore(CONNECTIONS)
         if self.path.suffix != ".json":
             raise InputError(f"{path} is not a .json file, and only those can be labelled; "
                              f"convert the list to .json")
-        self.read()
+        self.entries = read_list(self.path)
+        self.content = self.path.read_bytes()
+        for entry in self.entries:
+            if entry["faults"]:  # labels in a form that would not be seen
+                raise InputError(f"{path}, {where(entry)}{entry['faults'][0]}")
 
         # A fixed random order of the clips whose videos exist.
         videos = [entry["video_path"] or "an empty video_path" for entry in self.entries]
-        self.missing = [video for video in videos if not Path(video).is_file()]
+        exists = [Path(video).is_file() for video in videos]
+        self.missing = [video for video, there in zip(videos, exists, strict=True) if not there]
         if len(self.missing) == len(videos):
             raise InputError(f"no video of {path} exists, the first is {videos[0]}; "
                              f"give paths relative to the list")
         shuffled = random.Random(0).sample(range(len(videos)), len(videos))
-        self.order = [i for i in shuffled if videos[i] not in self.missing]
+        self.order = [i for i in shuffled if exists[i]]
         try:
             super().__init__(("127.0.0.1", port), Handler)
-        except (OSError, OverflowError) as error:
+        except OSError as error:
             raise InputError(f"port {port} cannot be used ({error}); choose another with --port") from None
+        self.hosts = [f"{name}:{self.server_port}" for name in ("127.0.0.1", "localhost", "[::1]")]
 
-    def read(self):
-        self.entries = read_list(self.path)
-        self.content = self.path.read_bytes()
+    def process_request(self, request, address):
+        """Answer in a thread of its own; while too many connections are open, close further ones."""
+        if self.places.acquire(blocking=False):
+            super().process_request(request, address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request, address):
+        try:
+            super().process_request_thread(request, address)
+        finally:
+            self.places.release()
+
+    def handle_error(self, request, address):
+        if not isinstance(sys.exc_info()[1], OSError):  # a browser that goes away is not an error
+            super().handle_error(request, address)
 
     def clips(self):
         """What the page may know of each clip."""
@@ -73,18 +117,25 @@ class Server(ThreadingHTTPServer):
 
     def set_label(self, number, value):
         """Write a clip's label into the list: 1, 0, or None to remove it."""
-        if number not in range(len(self.order)) or value not in (0, 1, None):
+        if type(number) is not int or number not in range(len(self.order)):
+            raise ValueError
+        if value is not None and (type(value) is not int or value not in (0, 1)):
             raise ValueError
         with self.lock:
             if self.path.read_bytes() != self.content:
                 raise InputError(f"{self.path} was changed by another program; start label.py again")
             given = read_json(self.path)
             i = self.order[number]
-            has_labels = isinstance(given[i].get("labels"), dict)
-            target = given[i]["labels"] if has_labels else given[i]
-            target.update(changes(self.entries[i]["labels"], self.label, value))
-            write_json(self.path, given)
-            self.read()
+            inside = given[i].get("labels") or {}
+            changed = changes(self.entries[i]["labels"], self.label, value)
+            for name in changed:
+                if inside:
+                    inside[name] = changed[name]
+                if name in given[i] or not inside:
+                    given[i][name] = changed[name]
+            write_json(self.path.resolve(), given)  # a link stays one
+            self.entries[i]["labels"].update(changed)
+            self.content = self.path.read_bytes()
 
 
 def changes(labels, name, value):
@@ -108,13 +159,29 @@ def changes(labels, name, value):
 class Handler(BaseHTTPRequestHandler):
     """The page, its clips, videos by number, and POST /label of {"clip": number, "label": 1, 0 or null}."""
 
+    timeout = SECONDS
+
+    def parse_request(self):
+        """Answer requests for this page's own address alone: a site whose name leads to 127.0.0.1 sends its
+        name as the Host."""
+        if not super().parse_request():
+            return False
+        host = self.headers.get("Host", "")
+        if host in self.server.hosts or f"{host}:80" in self.server.hosts:  # browsers leave :80 out
+            return True
+        self.answer(403, f"open http://{self.server.hosts[0]} instead")
+        return False
+
     def do_GET(self):
         server = self.server
         video = re.fullmatch(r"/video/([0-9]{1,9})", self.path)
         if self.path == "/":
             self.answer(200, PAGE, "text/html; charset=utf-8")
         elif self.path == "/clips":
-            self.answer(200, json.dumps({"label": server.label, "clips": server.clips()}), "application/json")
+            good, poor = MEANING[server.label]
+            about = {"label": server.label, "good": good, "poor": poor, "list": shlex.quote(str(server.path)),
+                     "clips": server.clips()}
+            self.answer(200, json.dumps(about), "application/json")
         elif video and int(video[1]) < len(server.order):
             self.video(server.entries[server.order[int(video[1])]]["video_path"])
         else:
@@ -161,9 +228,10 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         try:
             self.end_headers()
-            self.wfile.write(content)
-        except ConnectionError:  # a browser that has enough of a video closes the connection
-            pass
+            for start in range(0, len(content), 2**20):  # each part has its own time limit
+                self.wfile.write(content[start:start + 2**20])
+        except OSError:  # a browser that has enough of a video closes the connection, or stops reading
+            self.close_connection = True
 
     def log_message(self, *_):
         pass
@@ -175,25 +243,35 @@ PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>label clip
   body { background: #222; color: #eee }
   video { width: 100%; height: 62vh; background: #000 }
   button { font: inherit; padding: .4em 1em }
+  .meaning { margin: .3em; font-size: .9em; color: #bbb }
+  .finished .only-clips, :not(.finished) > .only-finished { display: none }
+  .finished #caption { margin-top: 25vh; font-size: 1.4em }
+  code { background: #000; padding: .3em .6em; user-select: all }
 </style>
-<p id="progress"></p><video autoplay loop muted playsinline></video><p id="caption"></p>
-<p><button value="1">1 good</button> <button value="0">0 poor</button> <button value="s">s later</button>
-   <button value="b">b back</button> <button value=" ">space pause</button></p><p id="message"></p>
+<p id="progress"></p><video class="only-clips" autoplay loop muted playsinline></video><p id="caption"></p>
+<p class="meaning only-clips"><b>good:</b> <span id="good"></span></p>
+<p class="meaning only-clips"><b>poor:</b> <span id="poor"></span></p>
+<p class="only-finished">Everything is saved. Close this page, and end label.py with Ctrl-C. Next:</p>
+<p class="only-finished"><code id="next"></code></p>
+<p><button class="only-clips" value="1">1 good</button> <button class="only-clips" value="0">0 poor</button>
+   <button class="only-clips" value="s">s later</button> <button value="b">b back</button>
+   <button class="only-clips" value=" ">space pause</button></p><p id="message"></p>
 <script>
 const video = document.querySelector("video");
 const values = { 1: 1, 0: 0, s: null };   // s removes a label
-const before = [];                        // the clips that were shown before this one
-let label, clips, busy = false;
+const before = [];                        // the clips that "back" goes to, the last one first
+let about, clips, busy = false;
 let now = -1;                             // the clip on the page, -1 when all are labelled
 const say = (id, text) => { document.getElementById(id).textContent = text; };
 const count = value => clips.filter(clip => clip.label === value).length;
 
 function show(number) {
   now = number;
+  document.body.classList.toggle("finished", now < 0);
   if (now < 0) { video.removeAttribute("src"); video.load(); } else video.src = "/video/" + now;
-  say("progress", `${label}: ${clips.length - count(null)} of ${clips.length} labelled`);
+  say("progress", `${about.label}: ${clips.length - count(null)} of ${clips.length} labelled`);
   if (now < 0) {
-    say("caption", `All are labelled: ${count(1)} good, ${count(0)} poor.`);
+    say("caption", `All ${clips.length} clips are labelled: ${count(1)} good, ${count(0)} poor.`);
     say("message", "");
   } else {
     say("caption", clips[now].caption);
@@ -208,7 +286,7 @@ function next() {  // the first clip without a label after this one, around the 
 }
 async function press(key) {
   if (busy) return;
-  if (key === " ") { if (video.paused) video.play(); else video.pause(); }
+  if (key === " " && now >= 0) { if (video.paused) video.play(); else video.pause(); }
   if ((key === "b" || key === "backspace") && before.length) show(before.pop());
   if (!(key in values) || now < 0) return;
   busy = true;
@@ -229,7 +307,15 @@ for (const button of document.querySelectorAll("button")) {
   button.onclick = () => { button.blur(); press(button.value); };
 }
 video.onerror = () => say("message", "this clip does not play here; press s");
-fetch("/clips").then(answer => answer.json()).then(found => { ({ label, clips } = found); next(); });
+fetch("/clips").then(answer => answer.json()).then(found => {
+  about = found;
+  clips = about.clips;
+  clips.forEach((clip, i) => clip.label === null || before.push(i));
+  say("good", about.good);
+  say("poor", about.poor);
+  say("next", `python data.py --list ${about.list} --model MODEL --output data/train`);
+  next();
+});
 </script></html>
 """
 
@@ -240,7 +326,7 @@ def main(argv=None):
     parser.add_argument("--label", default="motion_quality", choices=LABELS,
                         help="what is labelled; poor motion_quality sets physics_quality to 0 and leaves "
                              "human_quality open")
-    parser.add_argument("--port", type=int, default=8000, help="port of the page's address")
+    parser.add_argument("--port", type=cli.whole(0, 65_535), default=8000, help="port of the page's address")
     args = parser.parse_args(argv)
     with Server(args.list, args.label, args.port) as server:
         if server.missing:

@@ -7,7 +7,7 @@ With bf16 weights, the large matrix products and the attention are in bf16. All 
 time embedding and its projection, modulations, norms, the rotary angles, the head and the residual stream.
 """
 import math
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,7 +17,8 @@ from einops import rearrange
 from torch import nn
 
 import sequence
-from files import InputError, load_weights, read_json, save_weights, weight_shapes
+from files import InputError, check_form, load_weights, read_json, save_weights, weight_shapes
+from forms import CONFIG
 from lora import merges, official_state
 
 PATCH = (1, 2, 2)  # frames, rows, columns of a token
@@ -41,18 +42,16 @@ class WanConfig:
     use_clip: bool | None = None  # image tokens in cross-attention; None: i2v and flf2v have them
 
     def __post_init__(self):
-        if self.model_type not in ("t2v", "i2v", "flf2v", "ti2v"):
-            raise InputError(f"model_type is {self.model_type!r}; expected t2v, i2v, flf2v or ti2v")
         if self.use_clip is None:
             self.use_clip = self.model_type in ("i2v", "flf2v")
 
     @classmethod
     def from_dict(cls, values, source="the configuration"):
+        check_form(values, CONFIG, source)
+        if values["dim"] % (2 * values["num_heads"]):
+            raise InputError(f"{source}: dim is {values['dim']}, with {values['num_heads']} heads; "
+                             f"expected a multiple of twice num_heads")
         known = {field.name for field in fields(cls)}
-        required = [field.name for field in fields(cls) if field.default is MISSING]
-        missing = [name for name in required if name not in values]
-        if missing:
-            raise InputError(f"{source} lacks {', '.join(missing)}; expected a Wan transformer's config.json")
         return cls(**{key: value for key, value in values.items() if key in known})
 
     def official(self):
@@ -259,7 +258,7 @@ class WanModel(nn.Module):
     @classmethod
     def from_pretrained(cls, directory, dtype=torch.float32, device="cpu"):
         """Load an official model directory, sharded or not. InputError names tensors that do not fit."""
-        return load_weights(cls.on_meta(directory).to(dtype).to_empty(device=device), directory)
+        return load_weights(cls.on_meta(directory).to(dtype), directory, device=device)
 
     def save_pretrained(self, directory, dtype=None):
         """Write an official model directory, with adapters merged. Under torchrun, every rank calls it."""
@@ -328,5 +327,9 @@ class WanModel(nn.Module):
         if len(context) != len(x) or longest > config.text_len:
             raise InputError(f"{len(context)} prompts of at most {longest} tokens do not fit {len(x)} clips "
                              f"and text_len {config.text_len}")
-        if config.use_clip and clip_fea is None:
-            raise InputError("this image-to-video model needs clip_fea, the CLIP tokens of the given image")
+        widths = {states.shape[-1] for states in context}
+        if widths != {config.text_dim}:
+            raise InputError(f"text states of width {max(widths)} do not fit this model's text_dim, "
+                             f"{config.text_dim}; use the text encoder of the same directory")
+        if config.use_clip and (clip_fea is None or clip_fea.shape[-1] != CLIP_DIM):
+            raise InputError(f"this model needs clip_fea, the given image's CLIP tokens of width {CLIP_DIM}")

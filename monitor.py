@@ -54,7 +54,8 @@ def evaluate(policy, reward, vae, clips, step, args, device, log):
     if is_main():
         write_json(directory / "evaluation.json", measures)
         if step > 0 and (first / "evaluation.json").is_file():
-            reason = [hacked(measures, read_json(first / "evaluation.json"))]
+            start = read_json(first / "evaluation.json", dict.fromkeys(measures, float))
+            reason = [hacked(measures, start)]
     dist.broadcast_object_list(reason)
     if reason[0]:
         log.say(f"  the samples look hacked: {reason[0]}")

@@ -5,8 +5,8 @@
 
 Measures of every step are drawn faint, with their running mean on top. Panels without data are left out.
 """
-import json
 import math
+import sys
 from contextlib import contextmanager
 from itertools import cycle
 from pathlib import Path
@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 
 import cli
-from files import InputError, atomic_write, read_json
+from files import InputError, atomic_write, parse_json, read_json
+from forms import LOG, SCORES
 
 COLOURS = BLUE, ORANGE, GREEN, RED, PURPLE, TEAL, PINK, GREY = (
     "#2f6db5", "#e0802b", "#3a9a5b", "#c8413b", "#7a5cae", "#2b9eb3", "#d277a8", "#7f7f7f")
@@ -104,7 +105,7 @@ def series(rows, name):
     found = []
     for row in rows:
         value = row.get(name)
-        if isinstance(value, (int, float)) and math.isfinite(value):
+        if isinstance(value, (int, float)) and abs(value) <= sys.float_info.max:  # nan is not
             found.append((row["step"], value))
     return np.array(found, dtype=float).reshape(-1, 2).T
 
@@ -317,7 +318,7 @@ def draw(source):
         raise InputError(f"{path} does not exist; "
                          f"give a run's directory, its log.jsonl or a scores.json of score.py")
     is_scores = path.suffix == ".json"
-    content = read_json(path) if is_scores else read_log(path)
+    content = read_json(path, SCORES) if is_scores else read_log(path)
     try:
         if is_scores:
             panels = scores(content)
@@ -325,7 +326,7 @@ def draw(source):
         else:
             panels = panels_of_run(content, has_val(path.with_name("run.json")))
             title = f"{path.parent}, step {content[-1]['step']}"
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise InputError(f"{path} does not have the form that train_prfl.py, train_pavrm.py and score.py "
                          f"write ({error!r})") from error
     output = path.with_suffix(".png") if is_scores else path.with_name("dashboard.png")
@@ -345,7 +346,7 @@ def panels_of_run(rows, held_out):
 
 def has_val(path):
     """Whether the run of a run.json had held-out clips (--val)."""
-    return path.is_file() and bool(read_json(path)["arguments"].get("val"))
+    return path.is_file() and bool(read_json(path, {"arguments": dict})["arguments"].get("val"))
 
 
 def read_log(path):
@@ -354,13 +355,11 @@ def read_log(path):
     rows = []
     for n, line in enumerate(lines):
         try:
-            rows.append(json.loads(line))
-            rows[-1]["step"] + 0
-        except (ValueError, KeyError, TypeError):
+            rows.append(parse_json(line, f"{path}, line {n + 1}", LOG))
+        except InputError as error:
             if 0 < n == len(lines) - 1:
-                return rows[:n]
-            raise InputError(f"{path} is not the log of a training run: "
-                             f"line {n + 1} is not JSON with a step") from None
+                return rows
+            raise InputError(f"{error}; is it the log of a training run?") from None
     if not rows:
         raise InputError(f"{path} is empty; wait for the first step")
     return rows

@@ -2,9 +2,10 @@
 
     OUTPUT/run.json        the arguments, the commit, the versions
     OUTPUT/log.jsonl       one line per step, and one per evaluation
-    OUTPUT/checkpoints/    step_000200/, ...: all that resuming needs, the newest ones
+    OUTPUT/checkpoints/    step_000200/, ...: all that resuming needs, the newest ones (checkpoint_files.py)
     OUTPUT/lock            held by the run, so that a second one cannot write here
 """
+import errno
 import fcntl
 import json
 import math
@@ -26,34 +27,26 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.nn.attention import SDPBackend
 from tqdm import tqdm
 
 import sequence
-from files import InputError, atomic_write, is_main, read_json, remove, write_json
+from checkpoint_files import Writer, everywhere, not_finite, read_checkpoint, write_checksums
+from files import InputError, atomic_write, is_main, parse_json, read_json, read_text, remove, write_json
 from parallel import compute_dtype, share
 
 # Flags that do not change what is computed: they may differ when a run is resumed.
 EXECUTION = ["sp", "dp_replicate", "compile", "activation_checkpointing", "save_attention", "offload",
              "resume", "keep_checkpoints", "timeout", "stop_if_hacked"]
-SMALLEST = {"steps": 1, "batch_size": 1, "accumulation": 1, "num_queries": 1, "gradient_steps": 1,
-            "num_blocks": 1, "lora_rank": 0, "ema": 0, "warmup": 0, "shift": 1e-3, "rwr_temperature": 1e-6,
-            "samples": 0, "sample_every": 0, "save_every": 1, "eval_every": 1, "export_every": 0,
-            "keep_checkpoints": 1, "timeout": 1e-3}
 
 
 # ------------------------------------------------------------------------------ before a run
 
 def check_run(args):
-    """Refuse impossible values, batches that the processes cannot share, and a run that would overwrite
-    another or resume it as something else."""
-    for name, smallest in SMALLEST.items():
-        value = getattr(args, name, None)
-        if value is not None and value < smallest:
-            raise InputError(f"--{name} {value} is not possible; give {smallest} or more")
-    if args.ema > 1:
-        raise InputError(f"--ema {args.ema} is not possible; give 0 to 1")
+    """Refuse flags that exclude each other, batches that the processes cannot share, and a run that would
+    overwrite another or resume it as something else."""
     if not args.activation_checkpointing:
         needing = {"save_attention": args.save_attention, "offload inputs": "inputs" in args.offload}
         for flag, given in needing.items():
@@ -76,7 +69,7 @@ def check_run(args):
 
 def check_same(args, path):
     """Refuse to resume a run with flags that make it another one. `path`: the run.json of that run."""
-    before = read_json(path)["arguments"]
+    before = read_json(path, {"arguments": dict})["arguments"]
     unknown = sorted(set(vars(args)) ^ set(before))
     if unknown:
         flags = ", ".join(f"--{name}" for name in unknown)
@@ -119,6 +112,13 @@ def checkpoints(output):
     return found
 
 
+def how_to_continue(found):
+    """For messages: where --resume goes on from. `found`: the checkpoints that can be used."""
+    if found:
+        return f"--resume continues from step {max(found)}"
+    return "there is no checkpoint to continue from, so start again without --resume"
+
+
 def state_of(model, optimizer, ema):
     """All training state. Frozen parameters are left out; they are loaded from their original files."""
     options = StateDictOptions(ignore_frozen_params=True)
@@ -152,46 +152,59 @@ class Checkpoints:
         found = checkpoints(self.directory.parent)
         if not found:
             return 0
+        newest = max(found)
         state = state_of(*self.trained)
-        try:
-            dcp.load(state, checkpoint_id=found[max(found)])
-        except CheckpointException as error:
-            reasons = "; ".join(sorted({str(reason) for reason, _ in error.failures.values()}))
-            raise InputError(f"the checkpoint {found[max(found)]} is damaged ({reasons}); "
-                             f"remove it to continue from the one before") from None
+        faults = read_checkpoint(state, found[newest])
+        if faults:
+            directory = found.pop(newest)
+            raise InputError(f"the checkpoint {directory} is damaged ({'; '.join(faults[:3])}); remove it, "
+                             f"then {how_to_continue(found)}")
         model, optimizer, _ = self.trained
         options = StateDictOptions(ignore_frozen_params=True, strict=False)
         set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"],
                        options=options)
-        return max(found)
+        return newest
 
     def save(self, step):
-        """Begin to write the state after `step` steps. Raises what went wrong with the checkpoint before."""
+        """Begin to write the state after `step` steps. Raises what went wrong with the checkpoint before, and
+        refuses values that are not finite: one pass over this rank's part, 21 GB of a 14B's on 8 ranks."""
         self.finish()
+        state = state_of(*self.trained)
+        if found := everywhere(not_finite(state)):
+            raise InputError(f"step {step}: {len(found)} of the tensors to save are not finite "
+                             f"({', '.join(found[:3])}), and nothing was saved; start another run with a "
+                             f"lower --lr; {self.again()}")
         beside = self.directory / f".step_{step:06d}.new"
-        written = dcp.async_save(state_of(*self.trained), checkpoint_id=beside, process_group=self.group)
+        stager = DefaultStager(StagingOptions(False, False, False, False))  # copies, in this thread
+        written = dcp.async_save(state, storage_writer=Writer(beside), async_stager=stager,
+                                 process_group=self.group)
         self.pending = self.thread.submit(self._publish, written, beside)
 
     def _publish(self, written, beside):
         directory = beside.with_name(beside.name[1:-4])
         try:
             written.result()
+            write_checksums(beside, self.group)
         except BaseException as error:
             if is_main():
                 shutil.rmtree(beside, ignore_errors=True)  # others may still be writing there
             reasons = [error]
             if isinstance(error, CheckpointException):
                 reasons = [reason for reason, _ in error.failures.values()]
+            full = any(getattr(reason, "errno", None) in (errno.ENOSPC, errno.EDQUOT) for reason in reasons)
             reasons = "; ".join(sorted({str(reason) for reason in reasons}))
             if "gloo" in reasons:
                 raise RuntimeError(reasons) from None  # not the disk: another process has ended, says cli.run
-            raise OSError(f"the checkpoint {directory} could not be written ({reasons}); "
-                          f"earlier ones are untouched") from None
+            advice = how_to_continue(checkpoints(self.directory.parent))
+            if full:
+                raise OSError(f"the disk is full, and the checkpoint {directory} could not be written; make "
+                              f"room in {self.directory}, then {advice}") from None
+            raise OSError(f"the checkpoint {directory} could not be written ({reasons}); {advice}") from None
         if is_main():
             beside.rename(directory)
             found = checkpoints(self.directory.parent)
-            for old in sorted(found)[:-self.keep]:
-                remove(found[old])
+            for old in sorted(found)[:-self.keep]:  # renamed first: a kill could leave half of it
+                remove(found[old].rename(self.directory / f".{found[old].name}.new"))
 
     def check(self):
         """Raise at once if writing has failed."""
@@ -204,29 +217,29 @@ class Checkpoints:
         if pending:
             pending.result()
 
-    def check_finite(self, norm, step, losses, seed):
-        """Stop all ranks alike where a step's gradient norm is not finite, before the optimizer could spread
-        it.
+    def check_finite(self, norm, loss, step, losses, seed):
+        """Stop all ranks alike where a step's gradient norm or loss is not finite, before the optimizer could
+        spread it. Both are the same on all ranks.
 
         losses: (loss, this rank's clips, k or None) of each micro-step. The sentence names the clips whose
         loss is not finite, and the command that repeats the step: draws are functions of the seed, and
         resuming is exact.
         """
-        if math.isfinite(norm):
+        if math.isfinite(norm) and math.isfinite(loss):
             return
         self.finish()
         places = []
-        for loss, clips, k in losses:
-            if not loss.isfinite():
+        for value, clips, k in losses:
+            if not value.isfinite():
                 places.append(f"clip {' '.join(clips)}" + (f" at k {k}" if k is not None else ""))
-        found = [None] * dist.get_world_size()
-        dist.all_gather_object(found, places)
-        found = sorted({place for places in found for place in places})
-        where = "; ".join(found) or "although every loss is finite: the backward pass overflowed"
+        where = "; ".join(everywhere(places)) or "the backward pass overflows"
+        raise InputError(f"step {step}: the loss is {loss} and the gradient norm {norm} ({where}; seed {seed}"
+                         f"); look at these clips, or start another run with a lower --lr; {self.again()}")
+
+    def again(self):
+        """How to repeat the step that went wrong, for messages."""
         newest = max(checkpoints(self.directory.parent), default=0)
-        raise InputError(f"step {step}: the gradient norm is {norm} ({where}; seed {seed}); look at these "
-                         f"clips, or start another run with a lower --lr; to see it again from step "
-                         f"{newest} on: {command(newest)}")
+        return f"to see it again from step {newest} on: {command(newest)}"
 
 
 def command(newest):
@@ -269,12 +282,18 @@ def claim(output):
 _signals = []  # that have asked for a stop
 
 
-def stop_on_signals():
+def stop_on_signals(log):
     """From now on SIGTERM, and SIGUSR1 (Slurm's --signal), ask for a stop after the step.
 
     A second one ends the process as soon as Python runs, if it comes two seconds later or more: launchers may
-    pass on one signal twice.
+    pass on one signal twice. Ctrl-C ends it at once, and says how to go on.
     """
+    def end(number, frame):
+        advice = how_to_continue(checkpoints(log.path.parent))
+        if is_main():  # not print, which may be what was interrupted
+            os.write(2, f"\nstopped by Ctrl-C after step {log.step}; {advice}\n".encode())
+        os._exit(128 + number)
+
     def ask(number, frame):
         if _signals and time.time() > _signals[0][1] + 2:
             os._exit(128 + number)
@@ -282,6 +301,7 @@ def stop_on_signals():
     _signals.clear()
     signal.signal(signal.SIGTERM, ask)
     signal.signal(signal.SIGUSR1, ask)
+    signal.signal(signal.SIGINT, end)
 
 
 def stop_asked():
@@ -298,7 +318,7 @@ class Log:
 
     def __init__(self, args, first_step, device):
         output = Path(args.output)
-        self.steps = args.steps
+        self.step, self.steps = first_step, args.steps
         self.device = device
         self.path = output / "log.jsonl"
         self.started = time.time()
@@ -320,6 +340,7 @@ class Log:
         """Write one line; values that are dicts go to the file alone."""
         now = time.time()
         seconds, self.started = now - self.started, now
+        self.step = step
         if not is_main():
             return
         values = {**values, "seconds": round(seconds, 3), "gigabytes": round(peak_memory(self.device), 3)}
@@ -368,9 +389,11 @@ def kept_lines(path, first_step):
     """The lines of a log to keep when a run resumes after `first_step` steps; later steps are repeated."""
     if not first_step or not path.exists():
         return
-    for line in path.read_text().splitlines(keepends=True):
-        if line.endswith("\n") and json.loads(line)["step"] <= first_step:  # the last line may be torn
-            yield line
+    for number, line in enumerate(read_text(path).splitlines(keepends=True), 1):
+        if line.endswith("\n"):  # the last line may be torn
+            values = parse_json(line, f"{path}, line {number}", {"step": int})
+            if values["step"] <= first_step:
+                yield line
 
 
 def peak_memory(device):

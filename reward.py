@@ -14,7 +14,8 @@ from einops import rearrange
 from torch import nn
 
 import sequence
-from files import InputError, load_weights, read_json, save_weights
+from files import InputError, check_form, load_weights, read_json, save_weights
+from forms import REWARD_CONFIG
 from lora import merges, official_state
 from model import WanConfig, WanModel
 
@@ -112,6 +113,10 @@ class PAVRM(nn.Module):
         super().__init__()
         if not 0 < num_blocks <= dit.config.num_layers:
             raise InputError(f"num_blocks is {num_blocks}; the transformer has {dit.config.num_layers}")
+        if pool == "query" and dit.config.dim % 8:
+            raise InputError(f"dim is {dit.config.dim}; the query pool needs a multiple of 8, its heads")
+        if len(set(labels)) < len(labels):
+            raise InputError(f"labels are {', '.join(labels)}; give each label once")
         dit.blocks = dit.blocks[:num_blocks]
         dit.head = None
         self.dit = dit
@@ -159,13 +164,9 @@ class PAVRM(nn.Module):
         if not path.is_file():
             raise InputError(f"{directory} holds no reward model (config.json is missing); "
                              f"train one with train_pavrm.py")
-        config = read_json(path)
-        own = dict(config.get("pavrm", {}))
-        expected = {"num_blocks", "labels", "use_clip", "pool", "num_queries"}
-        if set(own) != expected:
-            differing = ", ".join(sorted(set(own) ^ expected))
-            raise InputError(f"{path} does not describe a reward model of this version (pavrm: {differing}); "
-                             f"give a directory written by train_pavrm.py")
+        hint = "give a directory written by train_pavrm.py"
+        config = check_form(read_json(path), REWARD_CONFIG, path, hint)
+        own = dict(config["pavrm"])
         with torch.device("meta"):
             dit = WanModel(WanConfig.from_dict({**config, "use_clip": own.pop("use_clip")}, path))
             return cls(dit, **own)
@@ -175,7 +176,7 @@ class PAVRM(nn.Module):
         """Load what `save_pretrained` wrote. The heads compute in float32, the transformer in `dtype`."""
         pavrm = cls.on_meta(directory)
         pavrm.dit.to(dtype)
-        return load_weights(pavrm.to_empty(device=device), directory)
+        return load_weights(pavrm, directory, device=device)
 
 
 def check_fit(pavrm, model, reward_directory, model_directory):

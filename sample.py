@@ -28,7 +28,8 @@ from annotations import read_list
 from clips import condition_input
 from encode import Encoder
 from evaluation import process_logits
-from files import InputError, read_json, write_json
+from files import InputError, atomic_write, is_finite, read_json, write_json
+from forms import KIND, SAMPLING
 from model import WanModel
 from reward import PAVRM, REWARD_TIMESTEPS, check_fit
 from solver import SOLVERS, guided, timestep, walk
@@ -62,30 +63,31 @@ def parse_args(argv=None):
 
     group = parser.add_argument_group("sampling")
     group.add_argument("--solver", default="unipc", choices=SOLVERS, help="method that follows the velocity")
-    group.add_argument("--solver_steps", type=int, help=f"steps of the solver from noise to a clip {own}")
-    group.add_argument("--shift", type=float,
+    group.add_argument("--solver_steps", type=cli.SOLVER_STEPS,
+                       help=f"steps of the solver from noise to a clip {own}")
+    group.add_argument("--shift", type=cli.SHIFT,
                        help="how far noise levels are shifted towards noise; I2V at 480P: 3; "
                             f"T2V-1.3B: 8 to 12 {own}")
-    group.add_argument("--guidance", type=float,
+    group.add_argument("--guidance", type=cli.GUIDANCE,
                        help=f"scale of classifier-free guidance; 1 is none; T2V-1.3B: 6 {own}")
     group.add_argument("--size", type=cli.parse_size,
                        help=f"width x height of the video; with --image only their product counts {own}")
-    group.add_argument("--frames", type=int, help=f"frames of the video, 1 + 4n {own}")
-    group.add_argument("--fps", type=float, help=f"frames per second of the video {own}")
-    group.add_argument("--seed", type=int, default=0,
+    group.add_argument("--frames", type=cli.FRAMES, help=f"frames of the video, 1 + 4n {own}")
+    group.add_argument("--fps", type=cli.FPS, help=f"frames per second of the video {own}")
+    group.add_argument("--seed", type=cli.SEED, default=0,
                        help="seed of the noise; each further video has the next seed")
 
     group = parser.add_argument_group("choice between seeds")
-    group.add_argument("--best_of", type=int, metavar="N",
+    group.add_argument("--best_of", type=cli.whole(1, 1000), metavar="N",
                        help="sample N seeds per prompt and write the one with the best reward (default: one "
                             "seed, without a reward model)")
     group.add_argument("--reward", default="demo/reward", help="directory of the reward model that chooses")
     group.add_argument("--labels", nargs="+",
                        help="the label that makes the reward, or a weighted sum, such as motion_quality=0.7 "
                             "text_alignment=0.3 (default: the first label of the reward model)")
-    group.add_argument("--drop_at", type=int, metavar="STEP",
+    group.add_argument("--drop_at", type=cli.whole(1, 1000), metavar="STEP",
                        help="solver steps after which only the best seeds go on (default: all are finished)")
-    group.add_argument("--keep", type=int, metavar="M",
+    group.add_argument("--keep", type=cli.whole(1, 1000), metavar="M",
                        help="number of seeds that go on after --drop_at (default: half of N, rounded up)")
 
     group = parser.add_argument_group("results")
@@ -95,7 +97,8 @@ def parse_args(argv=None):
     place.add_argument("--output", metavar="DIR",
                        help="directory for many videos, in place of --save_file: PROMPT_NUMBER-SEED.mp4 and "
                             "their list, clips.json; existing videos are kept")
-    group.add_argument("--count", type=int, metavar="N", help="videos per prompt, with --output (default: 1)")
+    group.add_argument("--count", type=cli.whole(1, 100_000), metavar="N",
+                       help="videos per prompt, with --output (default: 1)")
     return parser.parse_args(argv)
 
 
@@ -104,7 +107,7 @@ def model_type_of(args):
     if Path(args.model, "low_noise_model").is_dir():
         raise InputError(f"{args.model} is Wan2.2 A14B, whose two transformers this script cannot use yet; "
                          f"use a Wan2.1 model")
-    model_type = read_json(Path(args.model, "config.json")).get("model_type")
+    model_type = read_json(Path(args.model, "config.json"), KIND)["model_type"]
     if model_type == "ti2v":
         raise InputError(f"{args.model} is Wan2.2 TI2V, whose VAE this project does not have yet; "
                          f"use a t2v or i2v model")
@@ -112,7 +115,7 @@ def model_type_of(args):
         raise InputError(f"{args.model}/config.json does not describe a Wan model (model_type {model_type!r})"
                          f"; give an official directory")
     if args.transformer:
-        kind = read_json(Path(args.transformer, "config.json")).get("model_type")
+        kind = read_json(Path(args.transformer, "config.json"), KIND)["model_type"]
         if kind != model_type:
             raise InputError(f"--transformer {args.transformer} is a {kind} model, but {args.model} is a "
                              f"{model_type} model; give two of one kind")
@@ -126,11 +129,7 @@ def fill_in(args, model_type):
     settings = dict(PUBLISHED[model_type])
     own = Path(args.model, "sampling.json")
     if own.is_file():
-        settings.update(read_json(own))
-    allowed = [*PUBLISHED[model_type], "prompt", "negative_prompt"]
-    for name in settings:
-        if name not in allowed:
-            raise InputError(f"{own} has {name}, which is not a setting; it may have {', '.join(allowed)}")
+        settings.update(read_json(own, SAMPLING))
     for name, value in settings.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -154,12 +153,6 @@ def check(args, model_type):
                          f"give a file name, such as {args.save_file}/sample.mp4")
     if not args.prompt or not all(prompt.strip() for prompt in args.prompt):
         raise InputError("the prompt is empty; give one with --prompt, or one per line of --prompts")
-    for name in ("solver_steps", "fps", "best_of", "count"):
-        value = getattr(args, name)
-        if value is not None and value <= 0:
-            raise InputError(f"--{name} {value} makes no video; give a number above 0")
-    if args.frames < 1 or args.frames % 4 != 1:
-        raise InputError(f"--frames {args.frames} does not fit the VAE; give 1 + 4n, such as 81")
 
     for name, needed in [("image", model_type != "t2v"), ("last_image", model_type == "flf2v")]:
         given = bool(getattr(args, name))
@@ -174,10 +167,11 @@ def check(args, model_type):
     if args.output and args.best_of:
         raise InputError("--output keeps the video of every seed and --best_of only one; give one of the two")
 
-    if args.drop_at is not None and not 0 < args.drop_at < args.solver_steps:
-        raise InputError(f"--drop_at {args.drop_at} is not within the {args.solver_steps} solver steps; "
-                         f"give 1 to {args.solver_steps - 1}")
-    if args.drop_at and not 1 <= args.keep <= args.best_of:
+    steps = len(SOLVERS[args.solver](args.solver_steps, args.shift).timesteps)
+    if args.drop_at and args.drop_at >= steps:
+        raise InputError(f"--drop_at {args.drop_at} is not within the {steps} solver steps; "
+                         f"give 1 to {steps - 1}")
+    if args.drop_at and args.keep > args.best_of:
         raise InputError(f"--keep {args.keep} of {args.best_of} seeds is impossible; "
                          f"give 1 to {args.best_of}")
 
@@ -240,6 +234,9 @@ def jobs_in(args):
                                  f"choose another --output or --seed")
             if path.is_file():
                 continue
+        elif path.exists():
+            raise InputError(f"{path} is there already, but not in clips.json; "
+                             f"move it away, or choose another --output or --seed")
         entry = {"source_id": path.stem, "video_path": path.name, "short_caption": prompt,
                  "long_caption": prompt, "pair_id": str(number), "made_with": made_with}
         jobs.append(Job(number, range(seed, seed + 1), path, entry))
@@ -262,6 +259,13 @@ def check_writable(directory):
     except OSError as error:
         raise InputError(f"{directory} cannot be written to ({error.strerror}); "
                          f"choose another place for the videos") from None
+
+
+def check_sample(values, seed, prompt):
+    """Raise InputError unless all values (latents, rewards or pixels) are finite."""
+    if not is_finite(values):
+        raise InputError(f"seed {seed} of {prompt!r} became NaN or infinite, and is not written; "
+                         f"try other settings, or look at the weights of the model")
 
 
 # ------------------------------------------------------------------------------ the choice between seeds
@@ -302,6 +306,7 @@ def main(argv=None):
                          f"give a --size in multiples of 16")
     jobs = jobs_of(args)
     transformer = args.transformer or args.model
+    WanModel.on_meta(transformer)
     if args.best_of:
         pavrm = PAVRM.on_meta(args.reward)
         check_fit(pavrm, WanModel.on_meta(transformer), args.reward, transformer)
@@ -339,7 +344,7 @@ def main(argv=None):
 
     for job in jobs:
         # ---- the noise of each seed, and a solver for each: solvers remember earlier steps
-        text = texts[job.number].to(device)
+        text, prompt = texts[job.number].to(device), args.prompt[job.number]
         velocity = guided_velocity(model, text, negative, condition, args.guidance)
         latents, solvers = {}, {}
         for seed in job.seeds:
@@ -354,12 +359,14 @@ def main(argv=None):
                 x = walk(velocity, x, solvers[seed], 0, args.drop_at, progress=f"seed {seed}")
                 t = timestep(solvers[seed], args.drop_at, x)
                 logits = pavrm(x, t, [text], **condition, labels=list(labels))  # (1, labels)
+                check_sample(logits, seed, prompt)
                 latents[seed], rewards[seed] = x, mean_reward(logits, weights)
-            kept = best(rewards, args.keep, f"after {args.drop_at} of {args.solver_steps} steps")
+            steps = len(solvers[seed].timesteps)  # not always args.solver_steps
+            kept = best(rewards, args.keep, f"after {args.drop_at} of {steps} steps")
             latents = {seed: x for seed, x in latents.items() if seed in kept}
             dropped = args.best_of - args.keep
-            saved = dropped * (args.solver_steps - args.drop_at)
-            full = args.best_of * args.solver_steps
+            saved = dropped * (steps - args.drop_at)
+            full = args.best_of * steps
             print(f"  {dropped} of {args.best_of} seeds dropped: {saved} of {full} solver steps saved, "
                   f"{saved / full:.0%}")
 
@@ -367,11 +374,13 @@ def main(argv=None):
         first = args.drop_at or 0
         for seed, x in latents.items():
             latents[seed] = walk(velocity, x, solvers[seed], first, progress=f"seed {seed}")
+            check_sample(latents[seed], seed, prompt)
         if args.best_of:
             rewards = {}
             for seed, x in latents.items():
                 logits = process_logits(pavrm, x, text, condition, reward_noise, REWARD_TIMESTEPS,
                                         list(labels))                   # (T, labels)
+                check_sample(logits, seed, prompt)
                 rewards[seed] = mean_reward(logits, weights)
             kept = best(rewards, 1, "finished")
             latents = {kept[0]: latents[kept[0]]}
@@ -380,13 +389,14 @@ def main(argv=None):
         # ---- pixels; after the last walk the VAE gets the memory of the models
         if job is jobs[-1]:
             model = pavrm = velocity = None
-        video = to_uint8(encoder.video_encoder.decode(x)[0].cpu())      # (T, H, W, 3)
-        write_video(job.path, video, args.fps)
-        if job.entry:  # the list is read again: clips may have been labelled in the meantime
-            entries, ids = listed(args.output)
-            if job.path.stem not in ids:
-                write_json(job.path.with_name("clips.json"), [*entries, job.entry])
-        prompt = args.prompt[job.number]
+        pixels = encoder.video_encoder.decode(x)[0]                     # (3, T, H, W)
+        check_sample(pixels, seed, prompt)
+        with atomic_write(job.path) as beside:
+            write_video(beside, to_uint8(pixels.cpu()), args.fps)
+            if job.entry:  # listed before it is there, so that a run that was cut off knows it as its own
+                entries, ids = listed(args.output)  # again: clips may have been labelled in the meantime
+                if job.path.stem not in ids:
+                    write_json(job.path.with_name("clips.json"), [*entries, job.entry])
         print(f"{job.path}: {args.frames} frames of {width}x{height}, seed {seed}, {prompt!r}")
 
 

@@ -19,7 +19,7 @@ import plot
 from clips import Clips, collate
 from encode import encode_clips
 from evaluation import fixed_noise, measure, score_clips, table
-from files import InputError, is_main, load_weights, weight_shapes, write_json
+from files import InputError, check_form, is_main, load_weights, weight_shapes, write_json
 from model import WanModel
 from reward import PAVRM, REWARD_TIMESTEPS, QueryAttention
 from solver import TrainingSchedule, add_noise
@@ -40,8 +40,8 @@ def parse_args(argv=None):
     own = "(default: that of the videos in OUTPUT/encoded, else the model's own)"
     group.add_argument("--size", type=cli.parse_size,
                        help=f"width x height to which videos are scaled and cut {own}")
-    group.add_argument("--frames", type=int, help=f"frames per video, 1 + 4n {own}")
-    group.add_argument("--fps", type=float, help=f"frames per second at which videos are read {own}")
+    group.add_argument("--frames", type=cli.FRAMES, help=f"frames per video, 1 + 4n {own}")
+    group.add_argument("--fps", type=cli.FPS, help=f"frames per second at which videos are read {own}")
 
     group = parser.add_argument_group("reward model")
     group.add_argument("--reward", default="demo/reward",
@@ -49,11 +49,11 @@ def parse_args(argv=None):
     group.add_argument("--labels", nargs="+",
                        help="the label that makes the reward, or a weighted sum, such as motion_quality=0.7 "
                             "text_alignment=0.3 (default: the first label of the reward model)")
-    group.add_argument("--timesteps", type=int, nargs="+", default=REWARD_TIMESTEPS,
+    group.add_argument("--timesteps", type=cli.whole(0, 1000), nargs="+", default=REWARD_TIMESTEPS,
                        help="noise levels; the reward is the mean over them")
-    group.add_argument("--batch_size", type=int, default=1,
+    group.add_argument("--batch_size", type=cli.whole(1, 10_000), default=1,
                        help="noise levels of one clip that are scored at once")
-    group.add_argument("--seed", type=int, default=0, help="seed of the noise")
+    group.add_argument("--seed", type=cli.SEED, default=0, help="seed of the noise")
     group.add_argument("--convert", nargs=3, metavar=("TRANSFORMER", "QUERY_ATTENTION", "MLP"),
                        help="convert instead of scoring: write the directory --reward from a published "
                             "transformer directory and the two files of its head")
@@ -82,10 +82,12 @@ def from_published(transformer, query_attention, mlp):
     The directory's config.json may count more blocks than it holds.
     """
     dit = WanModel.on_meta(transformer)
-    blocks = [int(name.split(".")[1]) for name in weight_shapes(transformer) if name.startswith("blocks.")]
-    num_queries = weight_shapes(query_attention).get("queries", [1])[0]
-    pavrm = PAVRM(dit, 1 + max(blocks, default=-1), num_queries=num_queries)
-    load_weights(dit.to_empty(device="cpu"), transformer, ignore=["head."])
+    names = weight_shapes(transformer)
+    blocks = [i for i in range(dit.config.num_layers) if f"blocks.{i}.modulation" in names]
+    form = {"queries": [range(1, 10_001), int]}
+    queries = check_form(weight_shapes(query_attention), form, query_attention)["queries"]
+    pavrm = PAVRM(dit, len(blocks), num_queries=queries[0])
+    load_weights(dit, transformer, ignore=["head."], device="cpu")
     load_weights(pavrm.query_attention, query_attention)
     load_weights(pavrm.mlp, mlp)
     return pavrm
@@ -98,11 +100,11 @@ def list_videos(paths, prompts):
     if len(prompts) != len(paths):
         raise InputError(f"{len(paths)} videos have {len(prompts)} prompts; "
                          f"give one --prompt for all, or one each")
-    stems = Counter(Path(path).stem for path in paths)
+    stems = Counter(Path(path).stem.casefold() for path in paths)
     entries = []
     for n, (path, prompt) in enumerate(zip(paths, prompts, strict=True), 1):
         name = Path(path).stem
-        if stems[name] > 1:
+        if stems[name.casefold()] > 1:
             name = f"{name}-{n}"
         # With one pair_id for all, all are scored with the same noise.
         entries.append({"line": n, "source_id": name, "video_path": path, "short_caption": prompt,

@@ -21,7 +21,7 @@ import sentencepiece
 import torch
 from torch import nn
 
-from files import InputError, load_weights, weight_shapes
+from files import InputError, check_form, load_weights, weight_shapes
 
 try:
     import ftfy
@@ -268,26 +268,31 @@ class UMT5Encoder(nn.Module):
         dtype: bfloat16, as in the official code, or float32; float16 would overflow. Raises InputError if the
         file is missing, damaged or of another model.
         """
-        shapes = weight_shapes(path)
-        try:
-            vocab_size, dim = shapes["token_embedding.weight"]
-            dim_attn, _ = shapes["blocks.0.attn.q.weight"]
-            dim_ffn, _ = shapes["blocks.0.ffn.fc1.weight"]
-            num_buckets, num_heads = shapes["blocks.0.pos_embedding.embedding.weight"]
-        except KeyError as missing:
-            raise InputError(f"{path} is not a umT5 encoder ({missing} is missing); "
-                             f"give the official {T5_FILE}") from None
+        size = range(1, 1_000_001)
+        form = {"token_embedding.weight": [size, size], "blocks.0.attn.q.weight": [size, size],
+                "blocks.0.ffn.fc1.weight": [size, size],
+                "blocks.0.pos_embedding.embedding.weight": [range(4, 257), size]}
+        shapes = check_form(weight_shapes(path), form, path, f"the umT5 encoder is in {T5_FILE}")
+        vocab_size, dim = shapes["token_embedding.weight"]
+        dim_attn, _ = shapes["blocks.0.attn.q.weight"]
+        dim_ffn, _ = shapes["blocks.0.ffn.fc1.weight"]
+        num_buckets, num_heads = shapes["blocks.0.pos_embedding.embedding.weight"]
+        if dim_attn % num_heads:
+            raise InputError(f"{path}: {num_heads} heads cannot share {dim_attn} channels; "
+                             f"give the official {T5_FILE}")
         num_layers = sum(name.endswith(".attn.q.weight") for name in shapes)
         with torch.device("meta"):  # shapes without memory; the weights are then read into place
             encoder = cls(vocab_size, dim, dim_attn, dim_ffn, num_heads, num_layers, num_buckets)
-        encoder = load_weights(encoder.to(dtype).to_empty(device=device), path)
-        return encoder.eval().requires_grad_(False)
+        return load_weights(encoder.to(dtype), path, device=device).eval().requires_grad_(False)
 
 
 @torch.no_grad()
 def encode_prompts(encoder, tokenizer, prompts):
     """prompts: list of B str -> list of B text states (n_i, dim), n_i <= text_len, without padding."""
     ids, mask = tokenizer(prompts)  # (B, text_len)
+    if ids.max() >= encoder.token_embedding.num_embeddings:
+        raise InputError(f"the tokenizer knows more tokens ({ids.max()}) than the text encoder has; "
+                         f"use the two of one model's directory")
     lengths = mask.sum(1).tolist()
     longest = max(lengths)  # padding does not change other rows, so columns of padding alone are not computed
     device = encoder.token_embedding.weight.device

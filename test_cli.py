@@ -1,9 +1,13 @@
-"""Command lines: files of flags, defaults in --help, flags that scripts share, how an error ends a script."""
+"""Command lines: files of flags, numbers, defaults in --help, flags that scripts share, how an error ends a
+script."""
 import argparse
+import importlib
+import math
 import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,9 +17,11 @@ import cli
 import train_pavrm
 import train_prfl
 from files import InputError
-from testdata.helpers import flags_of
+from testdata.helpers import ROOT, flags_of
 
 SCRIPTS = [train_pavrm, train_prfl]
+WITH_FLAGS = [path for path in (*ROOT.glob("*.py"), *ROOT.glob("tools/*.py"))
+              if "cli.Parser(" in path.read_text() and not path.stem.startswith("test_")]
 
 
 # ------------------------------------------------------------------------------ flags
@@ -61,13 +67,25 @@ def test_every_flag_has_help(script, monkeypatch, capsys):
     assert len(groups) >= 6, groups  # flags are grouped
 
 
+class Caught(Exception):
+    pass
+
+
+def parser_of(script):
+    """A script's parser, caught when it begins to parse."""
+    def catch(parser, *_):
+        raise Caught(parser)
+
+    function = getattr(script, "parse_args", None) or script.main
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Caught) as caught:
+        patch.setattr(cli.Parser, "parse_known_args", catch)
+        function(*[[]] * function.__code__.co_argcount)
+    return caught.value.args[0]
+
+
 def actions_of(script):
     """The argparse actions of a script's flags."""
-    with pytest.MonkeyPatch.context() as patch:
-        found = []
-        patch.setattr(argparse.ArgumentParser, "parse_args", lambda self, *_: found.append(self))
-        script.parse_args([])
-    return found[0]._actions
+    return parser_of(script)._actions
 
 
 def test_flags_of_both_scripts_mean_the_same():
@@ -88,14 +106,73 @@ def test_flags_of_both_scripts_mean_the_same():
                                   "--sft_ratio", "--rewards_per_rollout", "--gather", "--stop_below"])
 def test_flags_of_earlier_versions_are_unknown(script, flag, capsys):
     """And none of them is the beginning of one flag of today, which argparse would take it for."""
-    with pytest.raises(SystemExit):
+    with pytest.raises(cli.FlagError, match=f"unrecognized arguments: {flag} 1; --help shows"):
         script.parse_args([flag, "1"])
-    assert flag in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------ wrong flags
+
+@pytest.mark.parametrize("path", WITH_FLAGS, ids=lambda path: path.stem)
+def test_every_number_has_its_limits_where_its_flag_is(path):
+    """Of every script. A new flag is found by itself, and fails if it is an int or a float without limits."""
+    script = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    parser = parser_of(script)
+    for action in parser._actions:
+        values = action.default if isinstance(action.default, list | tuple) else [action.default]
+        if not isinstance(action.type, cli.Number):
+            assert action.type not in (int, float), action.option_strings
+            assert not any(type(value) in (int, float) for value in values), action.option_strings
+            continue
+        low, high, step = action.type
+        refused = ["nan", "inf", "-inf", "-1", "1e400", "9" * 5000, "many", "", "0x10", str(high + 1)]
+        refused += {0: [str(low / 2)] if low else [], 1: ["1.5", str(low - 1)], 4: ["2", "80"]}[step]
+        for word in refused:
+            with pytest.raises(cli.FlagError) as error:
+                parser.parse_args([f"{action.option_strings[0]}={word}"])
+            sentence = f"{action.option_strings[0]} {word[:40]} is not possible; give "
+            assert str(error.value).startswith(" ".join(sentence.split()))
+        assert 0 <= low < high < math.inf
+        for value in (low, high, *(value for value in values if value is not None)):
+            assert action.type(str(value)) == value, action.option_strings
+
+
+def test_scripts_with_flags_are_found():
+    found = {path.stem for path in WITH_FLAGS}
+    assert found > {"train_pavrm", "train_prfl", "sample", "score", "data", "label", "bench", "plan", "crash"}
+
+
+@pytest.mark.parametrize("words, sentence", [
+    ("--lr nan", "--lr nan is not possible; give a number from 0 to 10"),
+    ("--steps 0", "--steps 0 is not possible; give a whole number from 1 to 1,000,000,000"),
+    ("--ema 1.5", "--ema 1.5 is not possible; give a number from 0 to 1"),
+    ("--lora_alpha 0", "--lora_alpha 0 is not possible; give a number from 0.001 to 1,000,000"),
+    ("--lr", "--lr expected one argument; --help shows what is possible"),
+    ("--judge all", "--judge cannot be 'all' (choose from 'next', 'clean'); --help shows what is possible"),
+    ("--lrr 1", "unrecognized arguments: --lrr 1; --help shows what is possible"),
+    ("@gone.args", "[Errno 2] No such file or directory: 'gone.args'; --help shows what is possible"),
+    ("@wrong.args", "--seed -1 is not possible; give a whole number from 0 to 9,223,372,036,854,775,807"),
+    ("@open.args", "a file of flags has the line '--model \"demo' (No closing quotation); check its quotes"),
+    ("@circle.args", "a file of flags names itself; take that line out")])
+def test_a_wrong_flag_is_one_sentence(words, sentence, tmp_path, monkeypatch):
+    """In a file of flags, such as a recipe, too."""
+    monkeypatch.chdir(tmp_path)
+    Path("wrong.args").write_text("# a comment\n--lr 1 --seed -1\n")
+    Path("open.args").write_text('--model "demo')
+    Path("circle.args").write_text("@circle.args")
+    with pytest.raises(cli.FlagError) as error:
+        train_prfl.parse_args(words.split())
+    assert str(error.value) == sentence
+
+
+def test_frames_are_those_that_the_vae_takes():
+    assert [cli.FRAMES(text) for text in ("1", "5", "81")] == [1, 5, 81]
+    with pytest.raises(argparse.ArgumentTypeError, match="^80 is .* give 1 . 4n from 1 to 10,001$"):
+        cli.FRAMES("80")
 
 
 def test_sizes():
     assert cli.parse_size("832x480") == (832, 480)
-    for text in ("832", "832*480", "x480", "832x480x3", "-1x2"):
+    for text in ("832", "832*480", "x480", "832x480x3", "-1x2", "0x0", "8x480", "99999x480", "²x48", "xnan"):
         with pytest.raises(argparse.ArgumentTypeError, match="is not a size; write width x height"):
             cli.parse_size(text)
 
@@ -137,6 +214,12 @@ def test_an_error_is_one_sentence(ended, capsys, error, message):
         cli.run(fails(error))
     out, err = capsys.readouterr()
     assert err.startswith(message) and err.count("\n") == 1 and out == "" and ended == []
+
+
+def test_a_wrong_flag_has_the_exit_code_2(ended, capsys):
+    with pytest.raises(Ended, match="2"):
+        cli.run(lambda: train_prfl.main(["--lr", "nan"]))
+    assert capsys.readouterr().err == "error: --lr nan is not possible; give a number from 0 to 10\n"
 
 
 def test_an_error_of_the_program_keeps_its_traceback(ended):
@@ -184,9 +267,9 @@ def test_labels_and_weights():
 @pytest.mark.parametrize("words, message", [
     (["beauty"], "--labels beauty: this reward model predicts physics_quality, text_alignment"),
     (["physics_quality", "physics_quality=2"], "--labels physics_quality=2: .* each once"),
-    (["text_alignment=much"], "--labels text_alignment=much needs a positive number"),
-    (["text_alignment=-1"], "--labels text_alignment=-1 needs a positive number"),
-    (["text_alignment=nan"], "--labels text_alignment=nan needs a positive number")])
+    (["text_alignment=much"], "--labels text_alignment=much: the weight much is not possible; give"),
+    (["text_alignment=-1"], "--labels text_alignment=-1: the weight -1 is not possible; give"),
+    (["text_alignment=nan"], "--labels text_alignment=nan: the weight nan is not possible; give")])
 def test_labels_that_cannot_be_followed(words, message):
     with pytest.raises(InputError, match=message):
         cli.parse_labels(words, SimpleNamespace(labels=["physics_quality", "text_alignment"]))

@@ -79,9 +79,12 @@ def test_from_pretrained_reads_the_sizes_off_the_file(tmp_path):
 
 
 @pytest.mark.parametrize("change, reason", [
-    (lambda state: state.pop("visual.head"), "holds no CLIP image tower"),
+    (lambda state: state.pop("visual.head"), "the CLIP image tower is in"),
     (lambda state: state.pop("visual.transformer.1.norm1.bias"), "is missing"),
     (lambda state: state.update(extra=torch.zeros(3)), "extra is not expected"),
+    (lambda state: state.update({"visual.head": torch.zeros(3)}), "visual.head is .3.; expected a list of 2"),
+    (lambda state: state.update({"visual.pos_embedding": torch.zeros(1, 1, 80)}), "embedding.1. is 1"),
+    (lambda state: state.update({"visual.pos_embedding": torch.zeros(1, 7, 80)}), "another model: "),
     (lambda state: state.update({"visual.patch_embedding.weight": torch.zeros(100, 3, 4, 4)}),
      r"not CLIP ViT-H \(its width is 100, not a multiple of 80\); give the official models_clip_open-clip"),
 ])

@@ -10,12 +10,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import records
 import train_pavrm
 import train_prfl
 from clips import ANNOTATIONS, Clips, Order, choose_caption, collate, condition_input, label_of, prefetch
-from files import InputError, write_safetensors
+from files import InputError
 from model import WanModel
 from testdata.golden import draw
 from testdata.helpers import ROOT, long_texts, run, short_texts
@@ -26,7 +27,7 @@ ENTRY = {"file": "a.safetensors", "source_id": "a", "short_caption": "s", "long_
 
 def make_clip(folder, tensors, **changes):
     """The Clips of an index with one clip, `a`."""
-    write_safetensors(folder / "a.safetensors", tensors)
+    save_file(tensors, folder / "a.safetensors")  # whatever they hold
     return make_index(folder / "index.jsonl", ENTRY | changes)
 
 
@@ -104,12 +105,52 @@ def test_wrong_tensors_are_named(tmp_path):
     assert make_clip(tmp_path, tensors, model_type="t2v").load(0)["condition"] is None
 
 
+def test_tensors_of_other_types_and_sizes_are_named(tmp_path):
+    tensors = good_tensors()
+    whole = tensors | {"latents": tensors["latents"].long()}
+    refuse("a.safetensors has .* latents, or other than float", make_clip(tmp_path, whole), headers=False)
+    empty = tensors | {"text_short": torch.zeros(0, 8)}
+    refuse(r"text_short of the wrong shape \[0, 8\]", make_clip(tmp_path, empty))
+
+
+@pytest.mark.parametrize("changes", [
+    {"empty": None}, {"negative": torch.zeros(8)}, {"negative": torch.full((2, 8), torch.nan)},
+    {"empty": torch.zeros(0, 8)}, {"empty": torch.zeros(2, 8, dtype=torch.int64)}])
+def test_wrong_prompts_are_refused(tmp_path, changes):
+    clips = make_clip(tmp_path, good_tensors())
+    states = {"empty": torch.zeros(1, 8), "negative": torch.zeros(2, 8)}
+    save_file(states, tmp_path / "prompts.safetensors")
+    assert {name: tuple(state.shape) for name, state in clips.prompts.items()} == {
+        "empty": (1, 8), "negative": (2, 8)}
+    states = {name: state for name, state in (states | changes).items() if state is not None}
+    save_file(states, tmp_path / "prompts.safetensors")
+    with pytest.raises(InputError, match="prompts.safetensors: (empty|negative) is missing, NaN, inf"):
+        clips.prompts  # noqa: B018
+
+
+@pytest.mark.parametrize("value", [np.zeros((1, 16, 2, 4, 6), dtype=int), np.array("text"), np.array(1.0),
+                                   np.zeros(0), b"", b"no array", b"\x93NUMPY\x01\x00\xff\xff"])
+def test_published_arrays_of_other_kinds_are_refused(tmp_path, value):
+    (tmp_path / "a.json").write_text('{"latents_path": "a.npy"}')
+    if isinstance(value, bytes):
+        (tmp_path / "a.npy").write_bytes(value)
+    else:
+        np.save(tmp_path / "a.npy", value)
+    with pytest.raises(InputError, match="a.npy is damaged or not an array"):
+        Clips([tmp_path / "a.json"])
+    np.savez(tmp_path / "a.npy", value)
+    (tmp_path / "a.npy.npz").rename(tmp_path / "a.npy")
+    with pytest.raises(InputError, match="a.npy is damaged or not an array"):
+        Clips([tmp_path / "a.json"])
+
+
 def test_an_index_that_cannot_be_used_is_reported(tmp_path):
     with pytest.raises(InputError, match="clip a: physics_quality is 'maybe'"):
         make_index(tmp_path / "index.jsonl", ENTRY | {"labels": {"physics_quality": "maybe"}})
-    for content in ("", '{"video": "a.mp4"}'):
+    for content, message in [("", "index.jsonl is empty"), ('{"video": "a.mp4"}', "line 1: file is missing"),
+                             (json.dumps(ENTRY | {"source_id": "../a"}), "cannot name a file")]:
         (tmp_path / "index.jsonl").write_text(content)
-        with pytest.raises(InputError, match="index.jsonl is not an index of encoded clips"):
+        with pytest.raises(InputError, match=message):
             Clips(tmp_path / "index.jsonl")
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+import annotations
 import data
 from annotations import read_list
 from clips import Clips
@@ -22,7 +23,7 @@ torch.set_num_threads(1)  # everything here is tiny: more threads only get in ea
 SETTINGS = {"size": (48, 32), "frames": 5, "fps": 16, "device": "cpu"}
 
 
-def test_the_linter_prints_all_faults_and_the_balance(tmp_path, capsys):
+def test_the_linter_prints_all_faults_and_the_balance(models, tmp_path, capsys):
     write_video(tmp_path / "a.mp4", brightening(12))
     write_video(tmp_path / "short.mp4", brightening(3))
     (tmp_path / "text.mp4").write_text("words")
@@ -38,15 +39,17 @@ def test_the_linter_prints_all_faults_and_the_balance(tmp_path, capsys):
         good | {"source_id": "half", "human_quality": None},
         good | {"source_id": "fine", "physics_quality": "poor"},
         good | {"source_id": "no", "video_path": None}, good | {"source_id": "up/../on"}]))
-    assert data.main(["--check", str(tmp_path / "a.json"), "--label", "motion_quality"]) == 1
+    flags = ["--check", str(tmp_path / "a.json"), "--model", str(models["t2v"]), "--size", "48x32",
+             "--output", str(tmp_path / "out")]
+    assert data.main([*flags, "--frames", "5", "--label", "motion_quality"]) == 1
     lines = capsys.readouterr().out.splitlines()
     for number, words in enumerate([
             "line 2 (gone): ... does not exist", "line 3 (text): ... not a video",
             "line 4 (short): ... 3 frames",
             "line 5 (mute): ... empty", "line 6 (unsure): ... physics_quality is 'maybe'",
             "line 6 (unsure): ... motion_quality is not annotated",
-            "line 7 (typo): ... fysics_quality is not a label",
-            "line 8 (nested): ... blurr_quality is not a label",
+            "line 7 (typo): ... 'fysics_quality' is not a label",
+            "line 8 (nested): ... 'blurr_quality' is not a label",
             "line 9 (half): ... motion_quality is not annotated",
             "line 10 (fine): ... line 1 has the same source_id", "line 11 (no): ... video_path is missing",
             "line 12 (up/../on): ... cannot name a file"]):
@@ -56,11 +59,65 @@ def test_the_linter_prints_all_faults_and_the_balance(tmp_path, capsys):
     assert lines[14].split() == ["physics_quality", "10", "1", "1"]
     assert lines[15].split() == ["human_quality", "11", "0", "1"]
     assert lines[18].split() == ["motion_quality", "9", "1", "2"]
+    assert lines[19:] == ["10 of 12 clips would be refused (5 frames at 16 fps, 48x32); "
+                          "until they are fixed or removed, nothing is encoded"]
 
     (tmp_path / "a.json").write_text(json.dumps([good]))
-    assert data.main(["--check", str(tmp_path / "a.json")]) == 0
-    assert data.main(["--check", str(tmp_path / "a.json"), "--frames", "13"]) == 1
-    assert data.main(["--check", str(tmp_path / "a.json"), "--label", "blur_quality"]) == 1
+    assert data.main([*flags, "--frames", "5"]) == 0
+    assert capsys.readouterr().out.endswith("none of 1 clips would be refused (5 frames at 16 fps, 48x32)\n")
+    assert data.main([*flags, "--frames", "13"]) == 1
+    assert data.main([*flags, "--frames", "5", "--label", "blur_quality"]) == 1
+    assert "none of 1 clips would be refused" in capsys.readouterr().out  # a missing label stops no encoding
+    assert not (tmp_path / "out").exists()
+
+
+def test_check_takes_its_settings_as_encoding_does(models, entries, tmp_path, capsys):
+    """From the flags, else from what --output holds, else from the model's sampling.json."""
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in models["t2v"].iterdir():
+        (model / file.name).symlink_to(file)
+    own = {"size": [48, 32], "frames": 5, "fps": 8}
+    clips = str(tmp_path / "clips.json")  # six frames at 16 fps: three at 8
+    where = ["--model", str(model), "--output", str(tmp_path / "out")]
+
+    def refused(*flags):
+        """What --check says at the end. Encoding must refuse the same, or write its index."""
+        code = data.main(["--check", clips, *where, *flags])
+        *lines, last = capsys.readouterr().out.splitlines()
+        if code:
+            with pytest.raises(InputError) as error:
+                data.main(["--list", clips, *where, *flags])
+            faults = [line.strip() for line in str(error.value).splitlines()[1:]]
+            assert faults == lines[:len(faults)] and len(faults) == len(lines) - 7
+        return last.split(";")[0]
+
+    assert refused() == "2 of 2 clips would be refused (81 frames at 16 fps, 832x480)"
+    (model / "sampling.json").write_text(json.dumps(own))
+    assert refused() == "2 of 2 clips would be refused (5 frames at 8 fps, 48x32)"
+    assert refused("--fps", "16") == "none of 2 clips would be refused (5 frames at 16 fps, 48x32)"
+    assert not (tmp_path / "out").exists()
+    data.main(["--list", clips, *where, "--fps", "16", "--size", "32x32"])
+    capsys.readouterr()
+    assert refused() == "none of 2 clips would be refused (5 frames at 16 fps, 32x32)"
+    for flags, sentence in [(["--size", "40x32"], "was encoded with other size"),
+                            (["--size", "40x32", "--output", "new"], "make both multiples of 16"),
+                            (["--output", clips], "clips.json is a file"),
+                            (["--frames", "6"], "--frames 6 is not possible")]:
+        with pytest.raises(InputError, match=sentence):
+            data.main(["--check", clips, *where, *flags])
+
+
+def test_warnings_do_not_stop_encoding(models, entries, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(annotations, "check_video", lambda path, *rest: [f"{Path(path).name} is interlaced"])
+    clips = str(tmp_path / "clips.json")
+    where = ["--model", str(models["t2v"]), "--output", str(tmp_path / "out"),
+             "--size", "48x32", "--frames", "5"]
+    warnings = ["warning: line 1 (b): b.mp4 is interlaced", "warning: line 2 (a): a.mp4 is interlaced"]
+    assert data.main(["--check", clips, *where]) == 0
+    assert capsys.readouterr().out.splitlines()[:3] == [*warnings, "2 clips, 0 faults"]
+    assert data.main(["--list", clips, *where]) == 0
+    assert capsys.readouterr().err.splitlines()[:2] == warnings
 
 
 def test_the_command_encodes_and_reports_in_one_sentence(models, entries, tmp_path):
@@ -99,7 +156,7 @@ watched = open(f"rank {os.environ['RANK']}", "w", buffering=1)
 
 def watched_check(path, *rest):
     print("check", Path(path).stem, file=watched)
-    check(path, *rest)
+    return check(path, *rest)
 
 
 def watched_encode(self, videos, captions):

@@ -13,7 +13,7 @@ import encode
 from clip import CLIP_FILE
 from clips import ANNOTATIONS, Clips
 from encode import Encoder, encode_clips
-from files import InputError
+from files import InputError, write_safetensors
 from t5 import T5_FILE, encode_prompts
 from testdata.helpers import brightening
 from vae import VAE_FILE
@@ -32,7 +32,7 @@ def checked(monkeypatch):
 
     def watched(path, *rest):
         names.append(Path(path).name)
-        check(path, *rest)
+        return check(path, *rest)
 
     monkeypatch.setattr(annotations, "check_video", watched)
     return names
@@ -138,7 +138,7 @@ def test_only_what_is_not_encoded_yet_is_checked(models, entries, tmp_path, chec
     entries[1]["short_caption"] = "the cat"
     encode_clips(entries, models["t2v"], tmp_path / "out", **SETTINGS)
     assert checked == ["b.mp4", "a.mp4", "a.mp4"]
-    list(annotations.faults(entries))  # --check
+    encode_clips(entries, models["t2v"], tmp_path / "elsewhere", **SETTINGS)
     assert checked[3:] == ["b.mp4", "a.mp4"]
 
 
@@ -185,17 +185,39 @@ def test_faults_stop_before_anything_is_encoded(models, entries, tmp_path):
         encode_clips(entries, tmp_path, tmp_path / "out", **SETTINGS)
 
 
-def test_weights_that_give_nan_are_reported(models, entries, tmp_path):
+@pytest.mark.parametrize("file, name, sentence", [
+    (VAE_FILE, "conv1.weight", "b.mp4 gave latents that are NaN"),
+    (T5_FILE, "norm.weight", "gave text states that are NaN")])
+def test_weights_that_give_nan_are_reported(models, entries, tmp_path, file, name, sentence):
+    """The weights themselves are finite, or they would not be loaded."""
     broken = tmp_path / "broken"
     broken.mkdir()
-    for file in models["t2v"].iterdir():
-        (broken / file.name).symlink_to(file)
-    state = torch.load(broken / VAE_FILE)
-    state["conv1.bias"] = state["conv1.bias"] * float("nan")
-    (broken / VAE_FILE).unlink()
-    torch.save(state, broken / VAE_FILE)
-    with pytest.raises(InputError, match="b.mp4 gave latents that are NaN"):
+    for other in models["t2v"].iterdir():
+        (broken / other.name).symlink_to(other)
+    state = torch.load(broken / file)
+    state[name] = torch.full_like(state[name], 3e38)
+    (broken / file).unlink()
+    torch.save(state, broken / file)
+    with pytest.raises(InputError, match=sentence):
         encode_clips(entries, broken, tmp_path / "out", **SETTINGS)
+    assert not (tmp_path / "out/index.jsonl").exists()
+
+
+def test_a_file_that_encoding_did_not_write_is_not_trusted(models, entries, tmp_path):
+    index = encode_clips(entries, models["t2v"], tmp_path / "out", **SETTINGS)
+    file = tmp_path / "out/clips/a.safetensors"
+    with safe_open(file, "pt") as tensors:
+        header, rest = tensors.metadata(), {"text_short": tensors.get_tensor("text_short")}
+    before = index.read_bytes()
+    write_safetensors(file, rest, header)  # it says what it should, and has no latents: encoded again
+    encode_clips(entries, models["t2v"], tmp_path / "out", **SETTINGS)
+    assert index.read_bytes() == before
+    Clips(index).check()
+    for said in ("{", "[]", '{"settings": 5}', '{"settings": {"size": "48x32", "frames": 5, "fps": 16}}'):
+        write_safetensors(file, rest, {"made_from": said})
+        with pytest.raises(InputError, match="the header of .*a.safetensors"):
+            encode_clips(entries, models["t2v"], tmp_path / "out", **SETTINGS)
+    assert index.read_bytes() == before
 
 
 def test_an_encoder_leaves_memory_when_it_is_not_needed(models):
@@ -230,3 +252,15 @@ def test_the_states_of_a_prompt_are_kept_but_not_of_all(models, monkeypatch):
     assert torch.equal(first, again) and first is not again and encoded == prompts[:1000]
     encoder.text(["1000", "0"])
     assert encoded[1000:] == ["1000", "0"] and len(encoder.states) == 1000
+
+
+def test_odd_file_names_do_not_spoil_the_index(models, entries, tmp_path):
+    """Names that are not UTF-8 reach Python with half characters."""
+    odd = tmp_path / "caf\udce9"
+    odd.mkdir()
+    entries[0]["video_path"] = str(Path(entries[0]["video_path"]).rename(odd / "b.mp4"))
+    clips = Clips(encode_clips(entries, models["t2v"], tmp_path / "out", **SETTINGS))
+    assert clips.entries[0]["video_path"] == str(odd / "b.mp4")
+    entries[0]["source_id"] = "caf\udce9"
+    with pytest.raises(InputError, match=r"line 1 \('caf\\udce9'\): source_id cannot name a file"):
+        encode_clips(entries, models["t2v"], tmp_path / "out", **SETTINGS)

@@ -1,13 +1,17 @@
 """The labelling page: what it serves and refuses, and what the list holds after every key."""
 import http.client
 import json
+import re
+import socket
 import threading
+import time
 from contextlib import contextmanager
 
 import pytest
 
 import label
 from annotations import read_list
+from clips import LABELS
 from files import InputError
 
 MOTION = ("physics_quality", "human_quality")
@@ -120,6 +124,53 @@ def test_nothing_else_is_served(path):
             assert browser(asked).status == 404, asked
 
 
+def test_only_its_own_address_is_answered(path):
+    """A name of another site may lead to 127.0.0.1 too (DNS rebinding)."""
+    before, body = path.read_text(), '{"clip": 0, "label": 1}'
+    with served(path) as browser:
+        port = browser.server.server_port
+        for host in ("127.0.0.1", "localhost", "[::1]"):
+            assert browser("/", Host=f"{host}:{port}").status == 200
+        for host in ("evil.com", f"a.com:{port}", "127.0.0.1", "localhost:1", f"127.0.0.1.a.com:{port}", ""):
+            for asked in ("/", "/clips", "/video/0", "/no"):
+                answer = browser(asked, Host=host)
+                assert (answer.status, answer.body) == (403, f"open http://127.0.0.1:{port} instead".encode())
+            assert browser("/label", "POST", body, Host=host, Content_Type="application/json").status == 403
+        assert path.read_text() == before
+
+
+def test_idle_connections_are_few_and_short(path, monkeypatch):
+    monkeypatch.setattr(label, "CONNECTIONS", 2)
+    monkeypatch.setattr(label.Handler, "timeout", 600)
+    with served(path) as browser:
+        address = ("127.0.0.1", browser.server.server_port)
+        idle = [socket.create_connection(address, timeout=60) for _ in range(2)]
+        third = socket.create_connection(address, timeout=20)  # the server takes them in this order
+        assert third.recv(1) == b""  # closed at once
+        for connection in (*idle, third):
+            connection.close()
+        for _ in range(6000):  # until the server has noticed
+            if browser.server.places._value < 2:
+                time.sleep(0.01)
+        assert browser("/").status == 200
+
+        monkeypatch.setattr(label.Handler, "timeout", 0.1)
+        with socket.create_connection(address, timeout=60) as slow:
+            slow.sendall(b"GET / HTTP/1.1\r\nHost")
+            assert slow.recv(1) == b""
+
+
+@pytest.mark.parametrize("name", LABELS)
+def test_the_page_says_what_good_and_poor_mean(path, name):
+    with served(path, name) as browser:
+        about = json.loads(browser("/clips").body)
+        assert (about["good"], about["poor"]) == label.MEANING[name]
+        assert about["list"] == str(path)  # for the command on the last screen
+        page = browser("/").body.decode()
+        assert 'id="good"' in page and 'id="poor"' in page and "data.py --list ${about.list}" in page
+        assert not re.search("https?:|src=|@import", page)  # nothing from outside
+
+
 def test_a_video_that_goes_away(path):
     with served(path) as browser:
         path.with_name("a.mp4").unlink()
@@ -173,13 +224,28 @@ def test_motion_is_physics_and_human(path, before, value, after):
 
 def test_labels_stand_where_the_entry_has_them(path):
     labels = {"human_quality": "good", "blur_quality": "poor"}
-    path.write_text(json.dumps([clip("a", labels=labels)]))
+    path.write_text(json.dumps([clip("a", labels=labels, blur_quality=0)]))
     with served(path) as browser:
         assert browser.label("a", 0) == 200
-    assert on_disk(path)["a"] == clip("a", labels=labels | {"physics_quality": 0})
+    labels["physics_quality"] = 0
+    assert on_disk(path)["a"] == clip("a", labels=labels, blur_quality=0)
+    with served(path, "blur_quality") as browser:  # it stands in both places
+        assert browser.label("a", 1) == 200
+    labels["blur_quality"] = 1
+    assert on_disk(path)["a"] == clip("a", labels=labels, blur_quality=1)
+
+
+def test_labels_go_through_a_link_to_the_list(path, tmp_path_factory):
+    real = tmp_path_factory.mktemp("elsewhere") / "real.json"
+    path.rename(real)
+    path.symlink_to(real)
+    with served(path) as browser:
+        assert browser.label("a", 1) == 200
+    assert path.is_symlink() and motion(real, "a") == [1, 1]
 
 
 @pytest.mark.parametrize("body", [
+    '{"clip": 0, "label": true}', '{"clip": 0, "label": 1.0}', '{"clip": true, "label": 1}',
     "", "{", "[]", "1", "null", "{}", '{"clip": 0}', '{"label": 1}',
     '{"clip": 6, "label": 1}', '{"clip": -1, "label": 1}', '{"clip": "0", "label": 1}',
     '{"clip": 0.5, "label": 1}', '{"clip": null, "label": 1}', '{"clip": [0], "label": 1}',
@@ -234,6 +300,9 @@ def test_a_full_disk(path, monkeypatch):
     ("clips.json", "[1]", "is not a list of clips"),
     ("clips.json", "[", "is not valid JSON"),
     ("clips.json", json.dumps([clip("x"), {}]), "no video of .*clips.json exists, the first is .*x.mp4"),
+    # Labels in a form that the page would not see are not labelled a second time.
+    ("clips.json", json.dumps([clip("x", labels="good")]), r"clips.json, line 1 \(x\): \"labels\" is 'good'"),
+    ("clips.json", json.dumps([clip("x", motion_quality=1)]), "physics_quality AND human_quality"),
 ])
 def test_wrong_lists(tmp_path, name, content, sentence):
     if content is not None:
@@ -243,13 +312,14 @@ def test_wrong_lists(tmp_path, name, content, sentence):
 
 
 def test_a_wrong_label_or_port(path):
-    with pytest.raises(SystemExit):
+    with pytest.raises(InputError, match="--label .*beauty"):
         label.main([str(path), "--label", "beauty"])
+    with pytest.raises(InputError, match="--port .*99999"):
+        label.main([str(path), "--port", "99999"])
     with label.Server(path, port=0) as server:
-        for port in (server.server_port, 99999):
-            sentence = f"port {port} cannot be used .*; choose another with --port"
-            with pytest.raises(InputError, match=sentence):
-                label.main([str(path), "--port", str(port)])
+        sentence = f"port {server.server_port} cannot be used .*; choose another with --port"
+        with pytest.raises(InputError, match=sentence):
+            label.main([str(path), "--port", str(server.server_port)])
 
 
 def test_from_start_to_ctrl_c(path, monkeypatch, capsys):

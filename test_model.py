@@ -143,7 +143,35 @@ def test_truncated_safetensors(tmp_path):
         WanModel.from_pretrained(tmp_path / "saved")
 
 
+@pytest.mark.parametrize("changes, message", [
+    ({"num_layers": 10**6}, "config.json: num_layers is 1000000; expected a whole number from 1 to 200"),
+    ({"dim": 10**9}, "config.json: dim is 1000000000; expected"),
+    ({"dim": "48"}, 'config.json: dim is "48"; expected a whole number'),
+    ({"eps": float("nan")}, "config.json: eps is NaN; expected a number from 0 to 1"),
+    ({"num_heads": 5}, "config.json: dim is 48, with 5 heads; expected a multiple of twice num_heads"),
+    ({"num_heads": 16}, "dim is 48, with 16 heads"),  # 3 channels per head cannot turn in pairs
+    ({"model_type": "vace"}, 'config.json: model_type is "vace"; expected flf2v or i2v or t2v or ti2v'),
+    ({"model_type": ["t2v"]}, "config.json: model_type is a list"),
+])
+def test_an_absurd_config_is_refused_before_anything_is_built(tmp_path, monkeypatch, changes, message):
+    tiny().save_pretrained(tmp_path / "saved")
+    (tmp_path / "saved/config.json").write_text(json.dumps({**TINY, **changes}))
+    monkeypatch.setattr(WanModel, "__init__", None)
+    with pytest.raises(InputError, match=message):
+        WanModel.from_pretrained(tmp_path / "saved")
+
+
+def test_a_large_config_is_refused_before_memory_is_taken(tmp_path, monkeypatch):
+    """By the shapes in its files: this one would need a terabyte."""
+    tiny().save_pretrained(tmp_path / "saved")
+    (tmp_path / "saved/config.json").write_text(json.dumps({**TINY, "dim": 20000, "ffn_dim": 100000}))
+    monkeypatch.setattr(WanModel, "to_empty", None)
+    with pytest.raises(InputError, match="a checkpoint of another model: .*expected .*20000"):
+        WanModel.from_pretrained(tmp_path / "saved")
+
+
 @pytest.mark.parametrize("inputs, message", [
+    (dict(context=[torch.zeros(3, 9)]), "text states of width 9 do not fit this model's text_dim, 8"),
     (dict(x=torch.zeros(1, 36, 2, 4, 4)), "takes 16 channels"),
     (dict(x=torch.zeros(1, 16, 2, 3, 4)), "2x2 patches"),
     (dict(context=[torch.zeros(17, 8)]), "text_len 16"),

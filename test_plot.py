@@ -170,16 +170,22 @@ def test_the_running_mean():
 
 @pytest.mark.parametrize("name, content, message", [
     ("log.jsonl", b"", "log.jsonl is empty"),
-    ("log.jsonl", b'{"step": 1, "sft', "log.jsonl is not the log of a training run: line 1"),
-    ("log.jsonl", b'{"step": 1}\n{"st\n{"step": 3}\n', "line 2 is not JSON with a step"),
+    ("log.jsonl", b'{"step": 1, "sft', "line 1 is not valid JSON .*; is it the log of a training run"),
+    ("log.jsonl", b'{"step": 1}\n{"st\n{"step": 3}\n', "log.jsonl, line 2 is not valid JSON"),
+    ("log.jsonl", b'{"st": 1}\n{"step": 3}\n', "log.jsonl, line 1: step is missing"),
     ("log.jsonl", b'{"step": 1, "lr": 0.1}\n', "nothing to draw"),
     ("log.jsonl", b'{"step": 1, "evaluation": {"201": {"accuracy": 0.5}}}\n',
      "log.jsonl does not have the form"),
-    ("clip.mp4", b"\x00\xff\xfe\n\x80", "clip.mp4 is not the log of a training run"),
-    ("scores.json", b"[1]", "scores.json does not have the form"),
+    ("clip.mp4", b"\x00\xff\xfe\n\x80", "clip.mp4, line 1 is not valid JSON"),
+    ("scores.json", b"[1]", "scores.json: the content is a list; expected an object"),
     ("scores.json", b'{"reward_model": "r", "timesteps": [1], "scores": []}',
-     "scores.json does not have the form"),
+     "scores.json: scores is a list; expected a list that is not empty"),
     ("scores.json", b"{", "scores.json is not valid JSON"),
+    ("scores.json", b'{"reward_model": "r", "timesteps": [1], "scores": [{"name": "a", "reward": NaN}]}',
+     r"scores.json: scores\[0\].rewards is missing; expected an object"),
+    ("log.jsonl", b'{"step": 1, "loss": 1' + b"0" * 400 + b"}\n", "nothing to draw"),
+    ("log.jsonl", b'{"step": "1"}\n{"step": 2}\n', 'log.jsonl, line 1: step is "1"; expected a whole number'),
+    ("log.jsonl", b'{"step": 1, "evaluation": [1]}\n{"step": 2}\n', "line 1: evaluation is a list"),
 ])
 def test_neither_a_log_nor_scores(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)

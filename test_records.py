@@ -1,21 +1,28 @@
 """How a run stops and goes on: resuming, checkpoints, signals, a full disk, numbers that are not finite.
 
-Kills at random moments are in tools/test_crash.py.
+Kills at random moments are in tools/test_crash.py and tools/test_kill_saves.py.
 """
 import fcntl
 import os
+import pickle
+import re
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import FileSystem
 
+import checkpoint_files
+import ema
 import files
 import parallel
 import records
@@ -25,6 +32,7 @@ from clips import Order
 from files import InputError
 from testdata.golden import draw
 from testdata.helpers import SHAPE, flags_of, numbers, read_log, run, steps, tiny
+from tools import crash
 
 SFT = ["--phases", "sft", "--accumulation", "1"]  # the cheapest run
 
@@ -141,9 +149,100 @@ def test_a_full_disk_while_a_checkpoint_is_saved(world, monkeypatch):
     create_stream = FileSystem.create_stream
     run(train_prfl, "run", "--steps", "1", *SFT)
     monkeypatch.setattr(FileSystem, "create_stream", full)
-    with pytest.raises(OSError, match="step_000002 could not be written .*No space left"):
+    said = "the disk is full, .*/step_000002 could not be written; .* in run/checkpoints, .* from step 1$"
+    with pytest.raises(OSError, match=said):
         run(train_prfl, "run", "--steps", "2", *SFT, "--resume")
     assert [path.name for path in Path("run/checkpoints").iterdir()] == ["step_000001"]
+
+
+@pytest.fixture
+def tiny_disk(tmp_path):
+    """A directory of 1 MB."""
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path], capture_output=True)
+    if done.returncode:
+        pytest.skip("no right to mount a file system")
+    yield tmp_path
+    subprocess.run(["umount", "--lazy", tmp_path], check=True)
+
+
+def test_a_disk_that_is_really_full(tiny_disk):
+    """PyTorch says "unexpected pos 704 vs 598" then."""
+    parallel.start()
+    layer = torch.nn.Linear(1000, 1000)
+    args = train_prfl.parse_args(["--output", str(tiny_disk / "run")])
+    checkpoints = records.Checkpoints(args, layer, torch.optim.AdamW(layer.parameters()))
+    checkpoints.save(1)
+    with pytest.raises(OSError, match="the disk is full, .*/step_000001 could not be written"):
+        checkpoints.finish()
+    dist.destroy_process_group()
+    assert not list(tiny_disk.glob("run/checkpoints/*"))
+
+
+# ------------------------------------------------------------------------------ damaged checkpoints
+
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "checksums.json"])
+def test_64_zeroed_bytes_are_noticed(world, name):
+    run(train_prfl, "run", "--steps", "2", *SFT, "--save_every", "1")
+    with open(f"run/checkpoints/step_000002/{name}", "r+b") as file:
+        file.seek(os.fstat(file.fileno()).st_size // 2)
+        file.write(bytes(64))
+    why = f"step_000002 is damaged \\({name} .*\\); remove it, then --resume continues from step 1$"
+    with pytest.raises(InputError, match=why):
+        run(train_prfl, "run", "--steps", "3", *SFT, "--resume")
+    shutil.rmtree("run/checkpoints/step_000002")
+    assert run(train_prfl, "run", "--steps", "3", *SFT, "--resume")[-1]["step"] == 3
+
+
+def test_a_file_of_a_checkpoint_is_missing_and_there_is_no_other(world):
+    run(train_prfl, "run", "--steps", "1", *SFT)
+    Path("run/checkpoints/step_000001/__0_0.distcp").unlink()
+    why = r"__0_0.distcp cannot be read: No such file.*\); remove it, .* start again without --resume$"
+    with pytest.raises(InputError, match=why):
+        run(train_prfl, "run", "--steps", "2", *SFT, "--resume")
+
+
+def test_checkpoints_of_an_earlier_version_have_no_checksums(world):
+    run(train_prfl, "run", "--steps", "1", *SFT)
+    Path("run/checkpoints/step_000001/checksums.json").unlink()
+    assert run(train_prfl, "run", "--steps", "2", *SFT, "--resume")[-1]["step"] == 2
+    assert Path("run/checkpoints/step_000002/checksums.json").exists()
+
+
+class Trap:
+    """Makes a directory when it is unpickled."""
+
+    def __reduce__(self):
+        return os.mkdir, ("trapped",)
+
+
+def test_the_metadata_of_a_stranger_runs_nothing(world):
+    run(train_prfl, "run", "--steps", "1", *SFT)
+    Path("run/checkpoints/step_000001/checksums.json").unlink()
+    Path("run/checkpoints/step_000001/.metadata").write_bytes(pickle.dumps(Trap()))
+    with pytest.raises(InputError, match="damaged .*metadata .*would run posix.mkdir"):
+        run(train_prfl, "run", "--steps", "2", *SFT, "--resume")
+    assert not Path("trapped").exists()
+
+
+def test_the_values_of_a_stranger_run_nothing(world):
+    parallel.start()
+    dcp.save({"value": Trap()}, checkpoint_id="checkpoint")
+    faults = checkpoint_files.read_checkpoint({"value": 0}, Path("checkpoint"))
+    assert len(faults) == 1 and "mkdir" in faults[0]
+    assert not Path("trapped").exists()
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("run.json", '{"arguments": [1]}', "run.json: arguments is "),
+    ("run.json", "", "run.json is not valid JSON"),
+    ("log.jsonl", '{"step": 1}\n{"st\n{"step": 1}\n', "log.jsonl, line 2 is not valid JSON"),
+    ("log.jsonl", '{"step": "one"}\n', "log.jsonl, line 1: step is ")])
+def test_records_in_a_wrong_form(world, name, content, message):
+    run(train_prfl, "run", "--steps", "1", *SFT)
+    Path("run", name).write_text(content)
+    with pytest.raises(InputError, match=message):
+        run(train_prfl, "run", "--steps", "2", *SFT, "--resume")
+    assert Path("run", name).read_text() == content
 
 
 # ------------------------------------------------------------------------------ signals
@@ -177,7 +276,7 @@ def test_a_second_signal_ends_at_once(world, monkeypatch):
     ended, clock = [], [1000.0]
     monkeypatch.setattr(os, "_exit", ended.append)
     monkeypatch.setattr(records, "time", SimpleNamespace(time=lambda: clock[0]))
-    records.stop_on_signals()
+    records.stop_on_signals(None)
     os.kill(os.getpid(), signal.SIGTERM)
     clock[0] += 1.9
     os.kill(os.getpid(), signal.SIGTERM)  # the same one, passed on by a launcher
@@ -185,6 +284,24 @@ def test_a_second_signal_ends_at_once(world, monkeypatch):
     clock[0] += 0.2
     os.kill(os.getpid(), signal.SIGTERM)
     assert ended == [128 + signal.SIGTERM]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, processes):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    ranks = crash.start("run", crash.NO_END, processes)
+    while not records.checkpoints("run"):
+        assert all(rank.poll() is None for rank in ranks), crash.printed_by("run")
+        time.sleep(0.02)
+    for rank in ranks:
+        rank.send_signal(signal.SIGINT)
+    assert [rank.wait() for rank in ranks] == [130] * processes
+    said = Path("run.txt").read_text()
+    step, checkpoint = re.findall(r"^stopped by Ctrl-C after step (\d+); --resume continues from step (\d+)$",
+                                  said, re.M)[0]
+    assert int(step) >= int(checkpoint) == max(records.checkpoints("run"))
+    assert "Traceback" not in said and said.count("Ctrl-C") == 1
 
 
 # ------------------------------------------------------------------------------ numbers that are not finite
@@ -198,7 +315,7 @@ def make_infinite(clip):
 @pytest.mark.parametrize("script", [train_pavrm, train_prfl])
 def test_a_loss_that_is_not_finite_names_its_clip(quick, script):
     make_infinite(5)
-    message = r"step \d: the gradient norm is (nan|inf) \(clip [\d ]*5[\d ]*; seed 0\).* step 0 on: python "
+    message = r"step \d: the loss is (nan|inf) and .* \(clip [\d ]*5[\d ]*; seed 0\).* step 0 on: python "
     with pytest.raises(InputError, match=message):
         run(script, "run", "--steps", "8")
     assert not Path("run/model").exists()
@@ -209,7 +326,7 @@ def test_a_reward_that_is_not_finite_names_k(quick, monkeypatch):
     reward = train_prfl.ProcessReward
     loss = reward.loss
     monkeypatch.setattr(reward, "loss", lambda self, scores: loss(self, scores) * float("nan"))
-    message = r"step 1: the gradient norm is nan \(clip \d \d at k 2(; clip \d \d at k 2)?; seed 0\)"
+    message = r"step 1: the loss is nan and .* nan \(clip \d \d at k 2(; clip \d \d at k 2)?; seed 0\)"
     with pytest.raises(InputError, match=message):
         run(train_prfl, "run", "--k", "2")
 
@@ -230,18 +347,87 @@ def test_the_printed_command_shows_it_again(world, monkeypatch):
     assert said[0] == said[1] and said[0].startswith("step 2: ")
 
 
-# ------------------------------------------------------------------------------ impossible values, the log
+def test_a_loss_that_is_not_finite_although_the_norm_is(world, monkeypatch):
+    """As where the weights get no gradient."""
+    reward = train_prfl.ProcessReward
+    loss, stepped = reward.loss, []
+    monkeypatch.setattr(reward, "loss", lambda self, scores: loss(self, scores) * float("nan"))
+    monkeypatch.setattr(parallel, "clip_gradients", lambda *_: 0.0)
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_: stepped.append(None))
+    with pytest.raises(InputError, match="step 1: the loss is nan and the gradient norm 0.0 .clip"):
+        run(train_prfl, "run", "--phases", "reward")
+    assert not stepped
+
+
+def test_a_loss_on_another_process_stops_all(world):
+    """It is not finite on rank 1 alone, and no gradient shows it."""
+    Path("stop.py").write_text(
+        "import os, cli, parallel, train_pavrm\n"
+        "parallel.clip_gradients = lambda *_: 0.0\n"
+        "make = train_pavrm.Batches.make\n"
+        "def spoilt(self, *part):\n"
+        "    batch = make(self, *part)\n"
+        "    return batch._replace(x0=batch.x0 * (float('nan') if os.environ['RANK'] == '1' else 1))\n"
+        "train_pavrm.Batches.make = spoilt\n"
+        "cli.run(train_pavrm.main)\n")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "stop.py"]
+    done = subprocess.run([*command, *flags_of(train_pavrm, "run")], capture_output=True, text=True)
+    assert done.returncode and not records.checkpoints("run")
+    assert "error: step 1: the loss is nan and the gradient norm 0.0 (clip " in done.stderr
+
+
+def overflow(optimizer):
+    optimizer.param_groups[0]["params"][0].data.fill_(float("inf"))
+
+
+def overflow_second_moment(optimizer):
+    optimizer.state[optimizer.param_groups[0]["params"][0]]["exp_avg_sq"].fill_(float("inf"))
+
+
+@pytest.mark.parametrize("spoil, what", [
+    (overflow, "model "), (overflow_second_moment, "optimizer .*exp_avg_sq"), (None, "ema ")],
+    ids=["weights", "optimizer", "average"])
+def test_values_that_are_not_finite_are_not_saved(world, monkeypatch, spoil, what):
+    """They become so in the last step, so no loss shows it."""
+    step, update = torch.optim.AdamW.step, ema.EMA.update
+
+    def spoilt_step(optimizer):
+        step(optimizer)
+        if spoil:
+            spoil(optimizer)
+
+    def spoilt_update(average):
+        update(average)
+        if not spoil:
+            next(iter(average.average.values())).fill_(float("nan"))
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spoilt_step)
+    monkeypatch.setattr(ema.EMA, "update", spoilt_update)
+    message = rf"step 1: 1 of .* not finite \({what}.*, and nothing was saved; .* step 0 on: python"
+    with pytest.raises(InputError, match=message):
+        run(train_prfl, "run", "--steps", "1", *SFT, "--ema", "0.9" if not spoil else "0")
+    assert not list(Path("run").rglob("step_*")) and not Path("run/model").exists()
+
+
+def test_values_that_are_not_finite_are_not_resumed(world, monkeypatch):
+    """Of a version that saved them."""
+    with monkeypatch.context() as patch:
+        patch.setattr(records, "not_finite", lambda _: [])
+        patch.setattr(files, "is_finite", lambda _: True)
+        step = torch.optim.AdamW.step
+        patch.setattr(torch.optim.AdamW, "step", lambda optimizer: (step(optimizer), overflow(optimizer)))
+        run(train_prfl, "run", "--steps", "1", *SFT)
+    with pytest.raises(InputError, match=r"step_000001 is damaged \(model .* is not finite\); remove it"):
+        run(train_prfl, "run", "--steps", "2", *SFT, "--resume")
+
+
+# ------------------------------------------------------------------------------ flags, the log
 
 @pytest.mark.parametrize("flags, message", [
-    (["--steps", "0"], "--steps 0 is not possible; give 1 or more"),
-    (["--accumulation", "0"], "--accumulation 0 is not possible; give 1 or more"),
-    (["--ema", "1.5"], "--ema 1.5 is not possible; give 0 to 1"),
-    (["--ema", "-0.1"], "--ema -0.1 is not possible"),
-    (["--lora_rank", "-1"], "--lora_rank -1 is not possible"),
     (["--save_attention"], "--save_attention needs --activation_checkpointing"),
     (["--offload", "inputs"], "--offload inputs needs --activation_checkpointing"),
     (["--save_attention", "--activation_checkpointing", "--compile"], "leave it or --compile out")])
-def test_impossible_values_are_refused(world, flags, message):
+def test_flags_that_do_not_fit_together_are_refused(world, flags, message):
     with pytest.raises(InputError, match=message):
         run(train_prfl, "run", *flags)
     assert not Path("run").exists()

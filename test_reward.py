@@ -1,4 +1,5 @@
 """PAVRM agrees with the official one in values and gradients, is one directory, and is PRFL's reward."""
+import json
 import math
 from types import SimpleNamespace
 
@@ -170,10 +171,36 @@ def test_save_and_load(tmp_path):
 
 def test_a_transformer_is_no_reward_model(tmp_path):
     tiny().save_pretrained(tmp_path / "dit")
-    with pytest.raises(InputError, match="does not describe a reward model"):
+    with pytest.raises(InputError, match="pavrm is missing; .* written by train_pavrm.py"):
         PAVRM.from_pretrained(tmp_path / "dit")
     with pytest.raises(InputError, match="holds no reward model"):
         PAVRM.from_pretrained(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"num_blocks": 10**6}, "config.json: pavrm.num_blocks is 1000000; expected"),
+    ({"num_blocks": 4}, "num_blocks is 4; the transformer has 3"),
+    ({"labels": []}, "config.json: pavrm.labels is a list; expected a list that is not empty"),
+    ({"labels": "motion_quality"}, 'config.json: pavrm.labels is "motion_quality"; expected a list'),
+    ({"labels": ["a.b"]}, 'config.json: pavrm.labels.0. is "a.b"; expected blur_quality or'),
+    ({"labels": ["blur_quality"] * 2}, "labels are blur_quality, blur_quality; give each label once"),
+    ({"pool": "sum"}, 'config.json: pavrm.pool is "sum"; expected max or mean or query'),
+    ({"use_clip": None}, "config.json: pavrm.use_clip is null; expected true or false; give a direc"),
+    ({"gate": 1}, "config.json: pavrm.gate is 1; expected no such key"),
+])
+def test_a_wrong_configuration_is_refused(tmp_path, changes, message):
+    PAVRM(tiny(), 2).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["pavrm"] |= changes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=message):
+        PAVRM.from_pretrained(tmp_path)
+
+
+def test_the_query_pool_needs_eight_heads():
+    with pytest.raises(InputError, match="dim is 36; the query pool needs a multiple of 8"):
+        PAVRM(tiny(dim=36, num_heads=2), 1)
+    PAVRM(tiny(dim=36, num_heads=2), 1, pool="mean")
 
 
 def test_a_reward_model_of_another_kind_of_model_is_refused():

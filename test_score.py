@@ -1,6 +1,7 @@
 """The command: scores, measures, heat maps, conversion of published files, what is refused."""
 import gc
 import json
+import shutil
 import weakref
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 import files
 import score
@@ -217,7 +219,7 @@ def test_a_pool_without_a_query_looks_nowhere(run):
     (["--video", "a.mp4", "--prompt", "a", "b"], "1 videos have 2 prompts"),
     (["--video", "a.mp4", "--prompt", "a"], "a.mp4 does not exist"),
     (["--data", "demo/val/index.jsonl", "--labels", "beauty"], "--labels beauty: .* motion_quality"),
-    (["--data", "demo/val/index.jsonl", "--reward", "demo/model"], "does not describe a reward model"),
+    (["--data", "demo/val/index.jsonl", "--reward", "demo/model"], "config.json: pavrm is missing; expected"),
     (["--data", "gone.jsonl"], "gone.jsonl does not exist"),
     (["--data", "demo/val/index.jsonl", "--attention"], "--attention needs each clip's video"),
     (["--convert", "transformer", "query.pth", "mlp.pth"], "--convert would replace the tiny world's reward"),
@@ -248,6 +250,19 @@ def test_published_files_are_converted(run, num_queries, capsys):
     with torch.no_grad():
         assert torch.equal(loaded(**inputs), pavrm(**inputs))
 
+    torch.save({"queries": torch.zeros(3)}, "other.pth")
+    with pytest.raises(InputError, match=r"other.pth: queries is .3.; expected a list of 2"):
+        score.main(["--convert", "transformer", "other.pth", "mlp.pth", "--reward", "other"])
     torch.save({f"mlp.{name}": tensor for name, tensor in pavrm.mlp.state_dict().items()}, "mlp.pth")
     with pytest.raises(InputError, match="mlp.pth is a checkpoint of another model: fc1.weight is missing"):
         score.main(["--convert", "transformer", "query_attention.pth", "mlp.pth", "--reward", "other"])
+
+
+def test_scores_that_are_not_finite_are_not_written(run, tmp_path):
+    shutil.copytree(ROOT / "demo/reward", tmp_path / "reward")
+    state = load_file(tmp_path / "reward/pavrm.safetensors")
+    state["mlp.fc2.weight"] = torch.full_like(state["mlp.fc2.weight"], 3e38)  # finite, and too large
+    save_file(state, tmp_path / "reward/pavrm.safetensors")
+    with pytest.raises(InputError, match="clip .*: its scores are NaN or infinite; look at the weights"):
+        run("out", "--data", index_of([0], "clips.jsonl"), "--reward", "reward")
+    assert not (tmp_path / "out").exists()

@@ -104,7 +104,7 @@ def test_from_pretrained_reads_the_sizes_off_the_file(tmp_path):
     assert {parameter.dtype for parameter in by_default.parameters()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("removed, reason", [("token_embedding.weight", "not a umT5 encoder"),
+@pytest.mark.parametrize("removed, reason", [("token_embedding.weight", "the umT5 encoder is in"),
                                              ("blocks.1.norm2.weight", "is missing")])
 def test_from_pretrained_refuses_another_model(tmp_path, removed, reason):
     state = tiny_encoder().state_dict()
@@ -112,6 +112,25 @@ def test_from_pretrained_refuses_another_model(tmp_path, removed, reason):
     torch.save(state, tmp_path / "t5.pth")
     with pytest.raises(InputError, match=reason):
         UMT5Encoder.from_pretrained(tmp_path / "t5.pth")
+
+
+@pytest.mark.parametrize("name, shape, message", [
+    ("token_embedding.weight", (16,), "token_embedding.weight is .16.; expected a list of 2"),
+    ("blocks.0.pos_embedding.embedding.weight", (2, 4), "embedding.weight.0. is 2; expected a whole numb"),
+    ("blocks.0.pos_embedding.embedding.weight", (32, 5), "5 heads cannot share"),
+    ("blocks.0.attn.q.weight", (0, 4), "blocks.0.attn.q.weight has no values"),
+])
+def test_from_pretrained_refuses_a_tensor_of_another_shape(tmp_path, name, shape, message):
+    torch.save(tiny_encoder().state_dict() | {name: torch.zeros(shape)}, tmp_path / "t5.pth")
+    with pytest.raises(InputError, match=message):
+        UMT5Encoder.from_pretrained(tmp_path / "t5.pth")
+
+
+def test_the_tokenizer_of_a_larger_model_is_refused(spiece):
+    encoder = tiny_encoder()
+    encoder.token_embedding = torch.nn.Embedding(2, TINY["dim"])
+    with pytest.raises(InputError, match="tokenizer knows more tokens .* than the text encoder has"):
+        encode_prompts(encoder, Tokenizer(spiece, text_len=32), ["a small cat"])
 
 
 def test_encode_prompts_drops_the_padding(spiece):

@@ -72,8 +72,22 @@ def test_pth_round_trip(tmp_path):
 
 def test_refuses_another_file(tmp_path):
     torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pth")
-    with pytest.raises(InputError, match="is not a Wan2.1 VAE .*give the official Wan2.1_VAE.pth"):
+    with pytest.raises(InputError, match="encoder.conv1.weight is missing; .*VAE is in Wan2.1_VAE.pth"):
         WanVAE.from_pretrained(tmp_path / "other.pth")
+
+
+@pytest.mark.parametrize("name, shape, message", [
+    ("conv2.weight", (16,), r"conv2.weight is .16.; expected a list of 5; a Wan"),
+    ("encoder.conv1.weight", (), "encoder.conv1.weight is ..; expected a list of 5"),
+    ("conv2.weight", (8, 8, 1, 1, 1), "z_dim is 8"),
+    ("encoder.conv1.weight", (0, 3, 3, 3, 3), "encoder.conv1.weight has no values"),
+    ("encoder.conv1.weight", (10000, 3, 3, 3, 3), "another model"),
+])
+def test_refuses_a_tensor_of_another_shape(tmp_path, name, shape, message):
+    state = WanVAE(dim=4).state_dict()
+    torch.save(state | {name: torch.zeros(()).expand(shape)}, tmp_path / "vae.pth")
+    with pytest.raises(InputError, match=message):
+        WanVAE.from_pretrained(tmp_path / "vae.pth")
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 4, 16, 16), (1, 3, 5, 16, 12)])

@@ -173,7 +173,7 @@ def test_short_clips_and_impossible_numbers_are_refused(clip, tmp_path):
     check_video(clip, frames=12)
     with pytest.raises(InputError, match="8 frames do not fit the VAE; ask for 1 \\+ 4n"):
         read_video(clip, frames=8)
-    for fps in (0, -16):
+    for fps in (0, -16, float("nan"), float("inf"), 1e-9, 1e9):
         with pytest.raises(InputError, match=f"{fps} frames per second are impossible"):
             read_video(clip, fps=fps)
 

@@ -61,27 +61,30 @@ def parse_args(argv=None):
     add = group.add_argument
     add("--loss", default="ce", choices=["ce", "bt"],
         help="cross-entropy on labels, or Bradley-Terry on pairs: clips of one pair_id with different labels")
-    add("--num_blocks", type=int,
+    add("--num_blocks", type=cli.whole(1, 10_000),
         help="transformer blocks to keep (default: 8 as published, or half of a model with fewer than 16)")
-    add("--train_blocks", type=int, nargs="*",
+    add("--train_blocks", type=cli.whole(0, 10_000), nargs="*",
         help="numbers of the blocks to train; without numbers, only the heads are trained (default: all)")
     add("--pool", default="query", choices=["query", "mean", "max"], help="how tokens become one vector")
-    add("--num_queries", type=int, default=1, help="learned queries of the query pool")
+    add("--num_queries", type=cli.whole(1, 10_000), default=1,
+        help="learned queries of the query pool")
     cli.add_noise_levels(group)
     cli.add_lora(group)
 
     group = parser.add_argument_group("optimization")
-    group.add_argument("--steps", type=int, default=1000,
+    group.add_argument("--steps", type=cli.whole(1), default=1000,
                        help="optimizer steps; the published number is not known")
     cli.add_optimization(group, lr=1e-6, accumulation=1)
-    group.add_argument("--head_lr", type=float,
+    group.add_argument("--head_lr", type=cli.Number(0, 10),
                        help="learning rate of pool and MLP (default, published: 1e-6 for ce, 1e-5 for bt)")
 
     add = parser.add_argument_group("evaluation").add_argument
-    add("--eval_timesteps", type=int, nargs="+", default=EVALUATION_TIMESTEPS,
+    add("--eval_timesteps", type=cli.whole(0, 1000), nargs="+", default=EVALUATION_TIMESTEPS,
         help="timesteps at which the reward model is evaluated")
-    add("--eval_every", type=int, default=200, help="steps between evaluations; the last step always has one")
-    cli.add_execution(parser, save_every=200)
+    add("--eval_every", type=cli.whole(1), default=200,
+        help="steps between evaluations; the last step always has one")
+    cli.add_execution(parser)
+    cli.add_checkpoints(parser, save_every=200)
     return parser.parse_args(argv)
 
 
@@ -201,9 +204,8 @@ def load_pavrm(pavrm, layers, args, device):
     """Shard it over all processes, and read each process's part of the transformer's weights."""
     dit = pavrm.dit
     parallel.shard(pavrm, dit, pavrm.heads, device, args)
-    dit.to_empty(device=parallel.storage(args, device))
-    dropped = [f"blocks.{i}." for i in range(len(dit.blocks), layers)]
-    load_weights(dit, args.model, ignore=["head.", *dropped])
+    ignore = ["head.", *(f"blocks.{i}." for i in range(len(dit.blocks), layers))]
+    load_weights(dit, args.model, ignore=ignore, device=parallel.storage(args, device))
     start_lora(dit, args.seed)
     dit.run_block = block_runner(args, device)
 
@@ -262,7 +264,7 @@ def main(argv=None):
         log.say(warning)
 
     batches = Batches(clips, items, order, dit.config, args, device)
-    records.stop_on_signals()
+    records.stop_on_signals(log)
     done, stopped_by = first_step, None
     for step, read in prefetch(batches.read, range(first_step, args.steps)):
         optimizer.zero_grad()
@@ -298,14 +300,14 @@ def main(argv=None):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * factor
         norm = parallel.clip_gradients([p for p in pavrm.parameters() if p.requires_grad], args.max_norm)
-        checkpoints.check_finite(norm, step + 1, step_losses, args.seed)
+        dist.all_reduce(totals)
+        loss, right, seen = totals.sum(1).tolist()
+        checkpoints.check_finite(norm, loss, step + 1, step_losses, args.seed)
         optimizer.step()
         if ema:
             ema.update()
 
         # ---- after the step: log, evaluate, save
-        dist.all_reduce(totals)
-        loss, right, seen = totals.sum(1).tolist()
         by_timestep = {}
         for fifth, (total, _, number) in enumerate(totals.T.tolist()):
             if number:

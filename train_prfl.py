@@ -38,7 +38,7 @@ import parallel
 import records
 from clips import LABELS, Clips, Order, choose_caption, collate, label_of, prefetch
 from ema import EMA
-from files import InputError, load_weights
+from files import InputError, check_file, load_weights
 from lora import add_lora, save_adapter, start_lora, without_adapters
 from memory import block_runner
 from model import WanModel
@@ -71,34 +71,39 @@ def parse_args(argv=None):
     add = group.add_argument
     add("--phases", nargs="+", default=["sft", "reward"], choices=["sft", "rwr", "reward"],
         help="phases of each iteration")
-    add("--reward_weight", type=float, default=0.1, help="weight of the reward loss")
+    add("--reward_weight", type=cli.Number(0, 10**6), default=0.1, help="weight of the reward loss")
     add("--reward_form", default="hinge", choices=["hinge", "log_sigmoid", "logit"],
         help="how the logit becomes a loss: relu(2 - reward), -log(reward) or -logit")
     add("--judge", default="next", choices=["next", "clean"],
         help="what is judged: the noisy latent after the step (x_next), or the clean one it predicts (x_0)")
     add("--k", nargs="+", default=["all"],
         help="steps that may be rewarded: all of 0 .. K - 2, their early, middle or late third, or numbers")
-    add("--gradient_steps", type=int, default=1, help="solver steps with gradient; the last one is rewarded")
+    add("--gradient_steps", type=cli.whole(1, 1000), default=1,
+        help="solver steps with gradient; the last one is rewarded")
     add("--solver", default="unipc", choices=SOLVERS, help="solver of rollouts and samples")
-    add("--solver_steps", type=int, default=40, help="solver steps from noise to a clip (K)")
-    add("--rollout_guidance", type=float, default=1.0, help="classifier-free guidance in rollouts; 1 is none")
-    add("--kl_weight", type=float, default=0.0,
+    add("--solver_steps", type=cli.whole(2, 1000), default=40, help="solver steps from noise to a clip (K)")
+    add("--rollout_guidance", type=cli.GUIDANCE, default=1.0,
+        help="classifier-free guidance in rollouts; 1 is none")
+    add("--kl_weight", type=cli.Number(0, 10**6), default=0.0,
         help="weight of |v - v_start|^2 at the steps with gradient, v_start being the model before training: "
              "a frozen copy, or the model without its adapters")
-    add("--rwr_temperature", type=float, default=0.1, help="temperature of reward-weighted regression")
+    add("--rwr_temperature", type=cli.Number(1e-6, 10**6), default=0.1,
+        help="temperature of reward-weighted regression")
 
     group = parser.add_argument_group("optimization")
-    group.add_argument("--steps", type=int, default=100, help="iterations; the published number is not known")
+    group.add_argument("--steps", type=cli.whole(1), default=100, help="iterations; no number is published")
     cli.add_optimization(group, lr=5e-6, accumulation=5)
 
     add = parser.add_argument_group("samples during training").add_argument
-    add("--samples", type=int, default=2, help="clips of fixed prompts and seeds that are made and measured")
-    add("--sample_every", type=int, default=50,
+    add("--samples", type=cli.whole(0, 10_000), default=2,
+        help="clips of fixed prompts and seeds that are made and measured")
+    add("--sample_every", type=cli.whole(0), default=50,
         help="iterations between samples; the first are made before training; 0: never")
-    add("--sample_guidance", type=float, default=5.0, help="classifier-free guidance of the samples")
+    add("--sample_guidance", type=cli.GUIDANCE, default=5.0, help="classifier-free guidance of the samples")
     add("--stop_if_hacked", action="store_true",
         help="stop when the samples show that the reward is being hacked (monitor.py has the rule)")
-    cli.add_execution(parser, save_every=50)
+    cli.add_execution(parser)
+    cli.add_checkpoints(parser, save_every=50)
     return parser.parse_args(argv)
 
 
@@ -147,14 +152,12 @@ def rewarded_step(velocity, judge, solver, x, k, gradient_steps=1, judged="next"
 
 def rewardable(words, steps):
     """The steps k that --k names, of `steps` solver steps. The last step is none: nothing comes after it."""
-    if steps < 2:
-        raise InputError(f"--solver_steps {steps} leaves no step to reward; give at least 2")
     third = (steps - 1) / 3
     thirds = {"all": (0, 3), "early": (0, 1), "middle": (1, 2), "late": (2, 3)}
     if len(words) == 1 and words[0] in thirds:
         begin, end = thirds[words[0]]
         ks = list(range(round(third * begin), round(third * end)))
-    elif all(word.isdigit() for word in words):
+    elif all(word.isdecimal() and len(word) < 5 for word in words):
         ks = sorted({int(word) for word in words})
     else:
         raise InputError(f"--k {' '.join(words)} names no steps; give all, early, middle, late, or numbers")
@@ -219,19 +222,20 @@ def load(model, dit, heads, directory, run_block, device, args):
     `dit` is its transformer, `heads` the modules at its end.
     """
     parallel.shard(model, dit, heads, device, args)
-    load_weights(model.to_empty(device=parallel.storage(args, device)), directory)
+    load_weights(model, directory, device=parallel.storage(args, device))
     dit.run_block = run_block
 
 
 def make_reward(policy, device, args):
     """The reward to follow: class Reward of FILE.py, or a ProcessReward whose PAVRM has no weights yet."""
     if args.reward.endswith(".py"):
-        if not Path(args.reward).is_file():
-            raise InputError(f"--reward {args.reward} does not exist; check the path")
-        found = runpy.run_path(args.reward)
-        if "Reward" not in found:
-            raise InputError(f"--reward {args.reward} has no class Reward; docs/extend.md shows one")
-        return found["Reward"](args, device)
+        check_file(args.reward)
+        reward = runpy.run_path(args.reward).get("Reward", lambda *_: None)(args, device)
+        needed = ("scores", "value", "loss", "largest", "timesteps")
+        missing = ", ".join(name for name in needed if not hasattr(reward, name))
+        if missing:
+            raise InputError(f"{args.reward} has no {missing} in a class Reward; docs/extend.md shows one")
+        return reward
     pavrm = PAVRM.on_meta(args.reward).requires_grad_(False)
     check_fit(pavrm, policy, args.reward, args.model)
     return ProcessReward(pavrm, cli.parse_labels(args.labels, pavrm), args.reward_weight, args.reward_form)
@@ -329,7 +333,7 @@ def main(argv=None):
 
     batches = Batches(clips, order, policy.config, args, device)
     rollout = partial(parallel.rollout, policy, parallel.gathers(args, policy, device))
-    records.stop_on_signals()
+    records.stop_on_signals(log)
     done, hacked, stop, stopped_by = first_step, False, False, None
     for step, loaded in prefetch(batches.read, range(first_step, args.steps)):
         logged = {}
@@ -355,9 +359,9 @@ def main(argv=None):
                 (loss / args.accumulation).backward()
                 losses.append((loss.detach(), batch.names, None))
             logged[f"{phase}_norm"] = parallel.clip_gradients(trained, args.max_norm)
-            checkpoints.check_finite(logged[f"{phase}_norm"], step + 1, losses, args.seed)
+            logged[f"{phase}_loss"] = mean = parallel.mean(torch.stack([loss for loss, *_ in losses]))
+            checkpoints.check_finite(logged[f"{phase}_norm"], mean, step + 1, losses, args.seed)
             optimizer.step()
-            logged[f"{phase}_loss"] = parallel.mean(torch.stack([loss for loss, *_ in losses]))
 
         # ---- phase 2: roll out from noise to step k, take one step with gradient, follow the reward
         if "reward" in args.phases:
@@ -379,9 +383,9 @@ def main(argv=None):
                 values.append(reward.value(scores.detach()).mean())
                 distances.append(distance.detach())
             logged["reward_norm"] = parallel.clip_gradients(trained, args.max_norm)
-            checkpoints.check_finite(logged["reward_norm"], step + 1, losses, args.seed)
+            logged["reward_loss"] = mean = parallel.mean(torch.stack([loss for loss, *_ in losses]))
+            checkpoints.check_finite(logged["reward_norm"], mean, step + 1, losses, args.seed)
             optimizer.step()
-            logged["reward_loss"] = parallel.mean(torch.stack([loss for loss, *_ in losses]))
             logged["reward"] = parallel.mean(torch.stack(values))
             logged["k"] = [k for *_, k in losses]
             if args.kl_weight:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from files import InputError, load_weights, weight_shapes
+from files import InputError, check_form, load_weights, weight_shapes
 
 VAE_FILE = "Wan2.1_VAE.pth"  # in a model's directory
 
@@ -203,13 +203,12 @@ class WanVAE(nn.Module):
     @classmethod
     def from_pretrained(cls, path, dtype=torch.float32, device="cpu"):
         """Load `Wan2.1_VAE.pth` (or a file of another width); sizes are read from the tensors' shapes."""
-        shapes = weight_shapes(path)
-        if "encoder.conv1.weight" not in shapes or "conv2.weight" not in shapes:
-            raise InputError(f"{path} is not a Wan2.1 VAE (encoder.conv1 or conv2 is missing); "
-                             f"give the official {VAE_FILE}")
+        size = range(1, 10_001)
+        form = {"encoder.conv1.weight": [size] * 5, "conv2.weight": [size] * 5}
+        shapes = check_form(weight_shapes(path), form, path, f"a Wan2.1 VAE is in {VAE_FILE}")
         with torch.device("meta"):
             vae = cls(dim=shapes["encoder.conv1.weight"][0], z_dim=shapes["conv2.weight"][0])
-        return load_weights(vae.to(dtype).to_empty(device=device), path).eval().requires_grad_(False)
+        return load_weights(vae.to(dtype), path, device=device).eval().requires_grad_(False)
 
     def statistics(self, like):
         """Mean and standard deviation of official latents, each (1, 16, 1, 1, 1), in `like`'s dtype."""

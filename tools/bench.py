@@ -39,7 +39,7 @@ from model import WanModel
 from reward import PAVRM, bce_loss, reward_loss
 from solver import UniPC, guided, walk
 from tools import floors, plan
-from train_prfl import rewarded_step, sft_loss
+from train_prfl import rewardable, rewarded_step, sft_loss
 from vae import WanVAE
 from video import read_video, to_tensor
 
@@ -48,8 +48,6 @@ GROUPS = {
     "attention": "attention|attn|flash|fmha|sdpa",
     "matrix products": "gemm|nvjet|cutlass|xmma|cublas|splitK|conv|::(addmm|mm|bmm|linear)$",
 }
-# Flags of training that have no effect here, and so no place in the result.
-IDLE = ("resume", "save_every", "keep_checkpoints", "export_every", "timeout")
 
 
 # ------------------------------------------------------------------------------ measuring
@@ -316,39 +314,39 @@ STAGES = {stage.__name__: stage for stage in (forward, gradient, reward, prfl, p
 # ------------------------------------------------------------------------------ the command
 
 def parse_args(argv=None):
-    parser = cli.Parser("Measure time and peak memory of the stages, with random weights. Of the flags under "
-                        "checkpoints, only --timeout has an effect. With --plan it computes instead and has "
-                        "other flags: --plan prfl --help shows them.")
+    parser = cli.Parser("Measure time and peak memory of the stages, with random weights. With --plan it "
+                        "computes instead and has other flags: --plan prfl --help shows them.")
     parser.prog = "python -m tools.bench"
     parser.add_argument("stages", nargs="+", choices=STAGES, help="what to measure")
 
     add = parser.add_argument_group("sizes").add_argument
     add("--dit", default="tiny", choices=floors.SIZES, help="size of the transformer")
     add("--size", type=cli.parse_size, default="64x64", help="width x height of the clip")
-    add("--frames", type=int, default=17, help="video frames of the clip, 1 + 4 n")
-    add("--lora_rank", type=int, default=0,
+    add("--frames", type=cli.FRAMES, default=17, help="video frames of the clip, 1 + 4 n")
+    add("--lora_rank", type=cli.whole(0, 10_000), default=0,
         help="rank of LoRA adapters, which train beside frozen weights; 0 trains the weights")
     add("--lora_targets", nargs="+", default=["q", "k", "v", "o"], help="linear layers that get adapters")
-    add("--vae_dim", type=int, default=96, help="width of the VAE; officially 96")
+    add("--vae_dim", type=cli.whole(1, 512), default=96, help="width of the VAE; officially 96")
     add("--video", help="a video for encode (default: noise)")
 
     add = parser.add_argument_group("method").add_argument
     add("--phases", nargs="+", default=["sft", "reward"], choices=["sft", "reward"],
         help="phases of a step of prfl")
-    add("--k", type=int, nargs="+", default=[0, 2],
+    add("--k", type=cli.whole(0, 998), nargs="+", default=[0, 2],
         help="rollout steps without gradient in prfl; each is a measurement of its own, and the step at the "
              "mean k of training is extrapolated from the smallest and the largest")
-    add("--solver_steps", type=int, default=40, help="solver steps from noise to a clip, of prfl and sample")
-    add("--guidance", type=float, default=5.0,
+    add("--solver_steps", type=cli.SOLVER_STEPS, default=40,
+        help="solver steps from noise to a clip, of prfl and sample")
+    add("--guidance", type=cli.GUIDANCE, default=5.0,
         help="classifier-free guidance of sample, which takes two forwards per step; 1 is none")
 
     add = parser.add_argument_group("measuring").add_argument
-    add("--repeats", type=int, default=5, help="timed calls; their median counts")
-    add("--warmup", type=int,
+    add("--repeats", type=cli.whole(1), default=5, help="timed calls; their median counts")
+    add("--warmup", type=cli.whole(0),
         help="calls before the timed ones; --compile needs at least 1 (default: 1, or 0 with --repeats 1)")
     add("--profile", action="store_true",
         help="show the shares of matrix products, attention and the rest in one more call")
-    cli.add_execution(parser, save_every=0)
+    cli.add_execution(parser)
     return parser.parse_args(argv)
 
 
@@ -357,6 +355,8 @@ def main(argv=None):
     if any(word.split("=")[0] == "--plan" for word in argv):
         return plan.main(argv)
     args = parse_args(argv)
+    if "prfl" in args.stages and "reward" in args.phases:
+        rewardable([str(k) for k in args.k], args.solver_steps)  # refuses a k that does not fit
     device = parallel.start(args.sp, args.timeout)
     name, gpu = device_name(device)
     say = print if dist.get_rank() == 0 else lambda line: None
@@ -391,7 +391,7 @@ def main(argv=None):
     # ---- everything again as one line of JSON
     run = {"device": name, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
            "processes": dist.get_world_size()}
-    flags = {flag: value for flag, value in vars(args).items() if flag not in ("stages", *IDLE)}
+    flags = {flag: value for flag, value in vars(args).items() if flag not in ("stages", "timeout")}
     say(json.dumps({**run, **flags, **results}))
 
 

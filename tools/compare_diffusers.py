@@ -129,11 +129,12 @@ def parse_args(argv=None):
     add("sizes", nargs="+", choices=SIZES, help="sizes of the transformer")
     add("--dtypes", nargs="+", default=["float32"], choices=["float32", "bfloat16"],
         help="types of the weights")
-    add("--threads", nargs="+", type=int, default=[1], help="numbers of CPU threads")
+    add("--threads", nargs="+", type=cli.whole(1, 1024), default=[1], help="numbers of CPU threads")
     add("--compile", action="store_true", help="time the blocks under torch.compile too")
     add("--profile", action="store_true",
         help="show the shares of matrix products, attention and the rest in one more call")
-    add("--repeats", type=int, default=20, help="timed calls of each model; median and minimum are shown")
+    add("--repeats", type=cli.whole(1), default=20,
+        help="timed calls of each model; median and minimum are shown")
     return parser.parse_args(argv)
 
 

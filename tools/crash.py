@@ -159,8 +159,8 @@ def main():
     parser = cli.Parser("Kill a training run again and again, resume it, and compare it with an undisturbed "
                         "one.")
     parser.prog = "python -m tools.crash"
-    parser.add_argument("--kills", type=int, default=20, help="number of kills")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the moments at which they come")
+    parser.add_argument("--kills", type=cli.whole(0), default=20, help="number of kills")
+    parser.add_argument("--seed", type=cli.SEED, default=0, help="seed of the moments at which they come")
     args = parser.parse_args()
     directory = tempfile.mkdtemp(prefix="crash-")
     os.chdir(directory)

@@ -9,6 +9,7 @@ from collections import Counter
 from torch import nn
 
 import train_prfl
+from files import InputError
 from model import WanConfig
 
 LARGE = dict(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, freq_dim=256)
@@ -45,6 +46,8 @@ def latent_shape(size, frames):
 
 def token_count(size, frames):
     """Tokens of a clip; a token is a patch of 1 x 2 x 2 latents."""
+    if size[0] % 16 or size[1] % 16:
+        raise InputError(f"--size {size[0]}x{size[1]} does not fit the model; give multiples of 16")
     return math.prod(latent_shape(size, frames)[1:]) // 4
 
 

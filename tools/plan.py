@@ -375,8 +375,8 @@ def parse_args(argv):
         help="size of the transformer (default: that of the directory or of the official model that --model "
              "names)")
     add("--size", type=cli.parse_size, default="832x480", help="width x height of the clips")
-    add("--frames", type=int, default=81, help="video frames of a clip, 1 + 4 n")
-    add("--gpus", type=int, default=1, help="number of GPUs, of all machines together")
+    add("--frames", type=cli.FRAMES, default=81, help="video frames of a clip, 1 + 4 n")
+    add("--gpus", type=cli.whole(1, 100_000), default=1, help="number of GPUs, of all machines together")
     add("--gpu", default="H200", choices=GPUS, help="kind of GPU")
     own, rest = parser.parse_known_args(argv)
     if own.plan == "fits" and len(argv) > 2:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from files import InputError
 from testdata.helpers import ROOT
 from tools import bench, floors
 
@@ -238,6 +239,14 @@ def test_a_profile_in_the_result(run):
 def test_gpus_are_known_by_name(name, gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
     assert bench.device_name(torch.device("cuda")) == (name, gpu) and (gpu is None or gpu in floors.GPUS)
+
+
+@pytest.mark.parametrize("words, message", [
+    ("prfl --k 3 --solver_steps 4", "--k 3 does not fit 4 solver steps; k is 0 to 2"),
+    ("--plan prfl --dit tiny --size 24x32", "--size 24x32 does not fit the model; give multiples of 16")])
+def test_what_cannot_be_measured_is_refused(words, message):
+    with pytest.raises(InputError, match=message):
+        bench.main(words.split())
 
 
 def test_plan_has_its_own_flags(capsys):
