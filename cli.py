@@ -45,9 +45,15 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         try:
-            return super().parse_known_args(args, namespace)
+            found, rest = super().parse_known_args(args, namespace)
         except RecursionError:
             self.error("a file of flags names itself; take that line out")
+        except UnicodeDecodeError:
+            self.error("a file of flags is not UTF-8 text; save it as UTF-8")
+        for name, value in vars(found).items():  # an empty path would mean the current directory, or none
+            if "" in (value if isinstance(value, list) else [value]) and name not in ("prompt", "negative_prompt"):
+                self.error(f"--{name} is empty; give a value, or leave it out")
+        return found, rest
 
     def error(self, message):
         """One sentence, which `run` prints, in place of argparse's usage and exit."""

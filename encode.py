@@ -234,7 +234,11 @@ def choose_settings(encoder, output, size, frames, fps):
     asked = {"size": size and list(size), "frames": frames, "fps": fps}
     settings = encoder.settings() | {name: value or usual[name] for name, value in asked.items()}
     for file in [prompts, *output.glob("clips/*.safetensors")]:
-        other = _made_from(file).get("settings", settings)
+        if not file.is_file():
+            continue
+        other = _made_from(file).get("settings")
+        if other is None:
+            raise InputError(f"{file} was not written by data.py; choose another output")
         if other != settings:
             names = " and ".join(name for name in settings if settings[name] != other.get(name))
             raise InputError(f"{file} was encoded with other {names}; "

@@ -57,8 +57,9 @@ def check_run(args):
     share(range(args.batch_size))
 
     found = checkpoints(args.output)
-    if found and not args.resume:
-        raise InputError(f"{args.output} already holds a run; continue it with --resume, "
+    results = [name for name in ("model", "reward") if Path(args.output, name).exists()]
+    if (found or results) and not args.resume:
+        raise InputError(f"{args.output} already holds a run, or its results; continue it with --resume, "
                          f"or choose another --output")
     if args.resume:
         if not found:

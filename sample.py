@@ -142,7 +142,8 @@ def read_prompts(path):
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--prompts {path} cannot be read ({error}); give a UTF-8 text file") from None
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"--prompts {path:.100} cannot be read ({reason}); give a UTF-8 text file") from None
     return [line.strip() for line in lines if line.strip()]
 
 
