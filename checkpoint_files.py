@@ -4,6 +4,7 @@ What is added here: checksums of all files; a full disk shows as one; and nothin
 numbers and DCP's own descriptions of them, for a pickle can run any program.
 """
 import pickle
+import re
 import zlib
 from pathlib import Path
 
@@ -74,7 +75,8 @@ def read_checkpoint(state, directory):
     except pickle.UnpicklingError as error:
         return [str(error)]
     except CheckpointException as error:
-        return sorted({str(reason) for reason, _ in error.failures.values()})
+        reasons = [reason for reason, _ in error.failures.values()]
+        return sorted({re.split(r"\.\s", str(reason))[0] or type(reason).__name__ for reason in reasons})
     return [f"{name} is not finite" for name in everywhere(not_finite(state))]
 
 
@@ -122,7 +124,11 @@ class Planner(DefaultLoadPlanner):
     """Refuses values that would run a program, before DCP unpickles them without a check of its own."""
 
     def load_bytes(self, read_item, value):
-        torch.load(value, weights_only=True)
+        try:
+            torch.load(value, weights_only=True)
+        except Exception:  # of many kinds
+            name = read_item.dest_index.fqn
+            raise pickle.UnpicklingError(f"{name} is damaged, or more than tensors and numbers") from None
         value.seek(0)
         super().load_bytes(read_item, value)
 

@@ -168,7 +168,8 @@ class Checkpoints:
 
     def save(self, step):
         """Begin to write the state after `step` steps. Raises what went wrong with the checkpoint before, and
-        refuses values that are not finite: one pass over this rank's part, 21 GB of a 14B's on 8 ranks."""
+        refuses values that are not finite. Each rank reads its part once for that: 21 of a 14B's 171 GB on 8
+        ranks, at a GPU's memory bandwidth, or 22 GB/s on one core."""
         self.finish()
         state = state_of(*self.trained)
         if found := everywhere(not_finite(state)):
@@ -357,8 +358,12 @@ class Log:
     def write(self, values):
         """A line of JSON in log.jsonl."""
         if is_main():
-            with open(self.path, "a") as file:
-                file.write(json.dumps(values) + "\n")
+            try:
+                with open(self.path, "a") as file:
+                    file.write(json.dumps(values) + "\n")
+            except OSError as error:
+                raise OSError(f"{self.path} could not be written ({error.strerror}); make room, then "
+                              f"{how_to_continue(checkpoints(self.path.parent))}") from None
 
     def say(self, line):
         """A line on the screen, above any progress bar."""
