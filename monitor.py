@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 import parallel
 from clips import collate
-from files import is_main, open_safetensors, read_json, write_json, write_safetensors
+from files import InputError, is_finite, is_main, read_json, read_safetensors, write_json, write_safetensors
 from solver import SOLVERS, TrainingSchedule, add_noise, guided, walk
 from video import clip_statistics, to_uint8, write_video
 
@@ -98,16 +98,19 @@ def measure_sample(policy, reward, vae, clips, n, sample, args, device):
 
 
 def distance_to_start(velocities, path, step):
-    """Mean |v - v_start|^2 against the velocities that `path` holds; NaN where a run began without
-    samples."""
+    """Mean |v - v_start|^2 against the velocities in a file; NaN if the run began without samples."""
     if step == 0:
         return 0.0
     if not path.is_file():
         return math.nan
-    start = open_safetensors(path)
+    start = {name: read() for name, _, read in read_safetensors(path)}
     total = 0.0
     for name, v in velocities.items():
-        total += (v - start.get_tensor(name)).square().mean().item() / len(velocities)
+        before = start.get(name)
+        if before is None or (before.shape, before.dtype) != (v.shape, v.dtype) or not is_finite(before):
+            raise InputError(f"{path} does not hold the velocities from before training; "
+                             f"remove the file to continue without velocity_distance")
+        total += (v - before).square().mean().item() / len(velocities)
     return total
 
 

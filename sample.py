@@ -28,7 +28,7 @@ from annotations import read_list
 from clips import condition_input
 from encode import Encoder
 from evaluation import process_logits
-from files import InputError, atomic_write, is_finite, read_json, write_json
+from files import InputError, atomic_write, check_form, is_finite, read_json, write_json
 from forms import KIND, SAMPLING
 from model import WanModel
 from reward import PAVRM, REWARD_TIMESTEPS, check_fit
@@ -229,6 +229,7 @@ def jobs_in(args):
         made_with = {"prompt": prompt, **settings}
         if path.stem in existing:
             before = existing[path.stem].get("made_with") or made_with
+            check_form(before, dict, f"{args.output}/clips.json: made_with of {path.stem}")
             if before != made_with:
                 differing = [name for name in made_with if made_with[name] != before.get(name)]
                 raise InputError(f"{path} was made with other {' and '.join(differing)}; "
