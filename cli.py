@@ -52,7 +52,7 @@ class Parser(argparse.ArgumentParser):
             self.error("a file of flags is not UTF-8 text; save it as UTF-8")
         for name, value in vars(found).items():  # an empty path would be the current directory, or none
             values = value if isinstance(value, list) else [value]
-            if "" in values and name not in ("prompt", "negative_prompt"):
+            if "" in values and value != self.get_default(name) and name not in ("prompt", "negative_prompt"):
                 self.error(f"--{name} is empty; give a value, or leave it out")
         return found, rest
 

@@ -47,7 +47,7 @@ def evaluate(policy, reward, vae, clips, step, args, device, log):
     dist.all_reduce(rows)  # each rank has zeros where others have worked
 
     means = dict(zip(names, rows.mean(0).tolist(), strict=True))
-    measures = {name: value for name, value in means.items() if not math.isnan(value)}
+    measures = {name: value for name, value in means.items() if math.isfinite(value)}
     log.write({"step": step, "evaluation": measures})
     log.say("  samples:  " + "  ".join(f"{name} {value:.4g}" for name, value in measures.items()))
     reason = [None]
