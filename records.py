@@ -73,7 +73,7 @@ def check_same(args, path):
     before = read_json(path, {"arguments": dict})["arguments"]
     unknown = sorted(set(vars(args)) ^ set(before))
     if unknown:
-        flags = ", ".join(f"--{name}" for name in unknown)
+        flags = ", ".join(f"--{name}" for name in unknown[:6]) + ", ..." * (len(unknown) > 6)
         raise InputError(f"{path} was written by another version of this script, with other flags ({flags}); "
                          f"resume the run with that version, or start a new one in another --output")
     free = ["output", *EXECUTION]
