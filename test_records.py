@@ -286,7 +286,7 @@ def test_a_second_signal_ends_at_once(world, monkeypatch):
     assert ended == [128 + signal.SIGTERM]
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.full)])
 def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, processes):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")

@@ -8,6 +8,7 @@ from files import InputError
 from tools import crash
 
 
+@pytest.mark.full
 def test_a_killed_run_loses_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
