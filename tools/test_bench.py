@@ -102,6 +102,7 @@ def test_out_of_memory_is_recorded(run, monkeypatch):
     assert "forward" in result and "prfl, mean step, extrapolated" not in result
 
 
+@pytest.mark.full
 def test_the_script_for_a_gpu_runs(tmp_path):
     """One group of it; all of them take half a minute."""
     settings = {"SMALL": "1", "PYTHON": sys.executable, "OUTPUT": str(tmp_path / "bench.jsonl"),
