@@ -42,7 +42,7 @@ import cli
 import demo
 import label
 from files import InputError, remove
-from tools.fuzz_cases import all_cases, right_case
+from tools.fuzz_cases import DOCUMENTS, all_cases, right_case
 from tools.fuzz_world import COMMANDS, make_world, script_of
 from video import read_video
 
@@ -104,8 +104,9 @@ def attend(case, world, directory, seconds):
     if case.change:
         case.change(directory)
     before = stamps(directory)
+    known = [fault_of(directory / name) for name in DOCUMENTS]  # a line that stays in a log stays as it is
     _, status = os.waitpid(fork(act, case, directory, seconds), 0)
-    outcome = judge(case, directory, before, os.waitstatus_to_exitcode(status))
+    outcome = judge(case, directory, before, os.waitstatus_to_exitcode(status), known)
     Path(f"{directory}.json").write_text(json.dumps(outcome))
 
 
@@ -165,8 +166,11 @@ def stamps(directory):
     return found
 
 
-def judge(case, directory, before, code):
-    """(outcome, details, results) of a case that has ended; "accepted" is not decided yet."""
+def judge(case, directory, before, code, known):
+    """(outcome, details, results) of a case that has ended; "accepted" is not decided yet.
+
+    before: the `stamps` of its input. known: faults that this has.
+    """
     printed, said = (Path(f"{directory}{end}").read_text(errors="replace") for end in (".out", ".err"))
     end = "\n".join(said.strip().splitlines()[-4:])[-600:]
     after = stamps(directory)
@@ -175,7 +179,8 @@ def judge(case, directory, before, code):
     others = [name for name in changed if not name.startswith(COMMANDS[case.command].writes)]
     if case.moved:
         others = [name for name in others if name in before]
-    faults = [fault for name in written if (fault := fault_of(directory / name))]
+    faults = [fault_of(directory / name) for name in written]
+    faults = [fault for fault in faults if fault and fault not in known]
     results = results_of(directory, written) or printed
 
     if code == -signal.SIGALRM:

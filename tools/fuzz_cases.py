@@ -404,12 +404,14 @@ WHY = [  # (pattern of "command: what is wrong", why it is right to accept it)
 
     (r".*(float16|float64)", "converted when it is loaded"),
     (r".*(safetensors|pth): .* huge", "finite, and so a weight like others"),
-    (r"train_\w+: clips/a.safetensors: text_\w+ one row less", "a caption of fewer tokens"),
+    (r"(score|train_\w+): clips/a.safetensors: text_\w+ one row less", "a caption of fewer tokens"),
     (r".*a.mp4: 64 bytes zero", "a video has no checksum, and its decoder conceals damage"),
     (r"data again: encoded/.*: (missing|a link to .*)", "encoded again, as what is not there"),
+    (r"sample prompts: prompts.txt: cut off", "a text has no mark at its end"),
     (r"sample prompts: prompts.txt: long", "cut to the tokens that the model takes, as officially"),
     (r"data image: i2v/models_clip.*: missing", "the image-to-video models of Wan2.2 have no CLIP"),
-    (r"train_prfl resume samples: run/samples/.*: missing", "a run that began without samples has none"),
+    (r"train_prfl resume samples: run/samples/.*: (missing|a directory|a link to .*)",
+     "a run that began without samples has none"),
 ]
 
 
