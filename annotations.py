@@ -18,7 +18,7 @@ from files import InputError, read_json, read_text
 from video import check_video
 
 TEXTS = ("video_path", "video", "source_id", "short_caption", "long_caption", "prompt", "pair_id")
-HALF = re.compile("[\ud800-\udfff]")  # half a character, as JSON can have it: nothing can be written with it
+NO_TEXT = re.compile("[\x00\ud800-\udfff]")  # NUL, or half a character, as JSON can have it
 
 
 # ------------------------------------------------------------------------------ reading
@@ -83,7 +83,7 @@ def _entry(path, line, given):
     given, found = dict(given), []
     for name in TEXTS:
         value = given.get(name)
-        fits = type(value) in (str, int, float) and value == value and not HALF.search(str(value))
+        fits = type(value) in (str, int, float) and value == value and not NO_TEXT.search(str(value))
         if value is not None and not fits:
             found.append(f"{name} is {value!r:.60}; write text")
             given[name] = None

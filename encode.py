@@ -49,7 +49,8 @@ class Encoder:
         sampling = read_json(own, SAMPLING) if own.is_file() else {}
         self.sampling = {name: value for name, value in sampling.items() if name in PUBLISHED}
         self.given = {"t2v": [], "i2v": [0], "flf2v": [0, -1]}[self.model_type]  # frames the model is given
-        self.has_clip = bool(self.given) and (self.directory / CLIP_FILE).is_file()
+        clip = self.directory / CLIP_FILE  # Wan2.2's image-to-video models have none; a broken link counts
+        self.has_clip = bool(self.given) and (clip.exists() or clip.is_symlink())
 
     def settings(self):
         """What decides the encoded values, beside the clip and its size."""
@@ -69,7 +70,11 @@ class Encoder:
         if not (self.directory / T5_FILE).exists():
             raise InputError(f"{self.directory} holds no text encoder; give the official model directory")
         tokenizer = Tokenizer(self.directory / SPIECE_FILE, self.text_len)
-        return UMT5Encoder.from_pretrained(self.directory / T5_FILE, torch.bfloat16, self.device), tokenizer
+        encoder = UMT5Encoder.from_pretrained(self.directory / T5_FILE, torch.bfloat16, self.device)
+        if tokenizer.model.vocab_size() > encoder.token_embedding.num_embeddings:
+            raise InputError(f"{self.directory}: {SPIECE_FILE} has more tokens than {T5_FILE}; "
+                             f"use the two files of one model")
+        return encoder, tokenizer
 
     @cached_property
     def image_encoder(self):  # float32 is cheap: it encodes only one or two pictures per clip

@@ -31,7 +31,8 @@ SAMPLING = {
 
 # A line of index.jsonl, written by data.py. The shape is that of the latents.
 ENTRY = {
-    "file": str, "source_id": str, "short_caption": str, "long_caption?": str, "labels": dict,
+    "file": str, "source_id": str, "short_caption": str, "long_caption?": str,
+    "labels": {**{f"{name}?": object for name in ANNOTATIONS}, str: NOTHING},
     "pair_id?": (str, int, None), "shape": [range(1, 10_001)] * 4, "model_type?": CONFIG["model_type"],
     "fps?": cli.FPS, "frames?": cli.FRAMES, "video_path?": (str, None)}
 

@@ -66,8 +66,11 @@ class Server(ThreadingHTTPServer):
         self.entries = read_list(self.path)
         self.content = self.path.read_bytes()
         for entry in self.entries:
-            if entry["faults"]:  # labels in a form that would not be seen
-                raise InputError(f"{path}, {where(entry)}{entry['faults'][0]}")
+            labels = entry["labels"].items()
+            unread = [f"{name} is {value!r:.60}; write 1, 0 or null" for name, value in labels
+                      if value not in (0, 1, None)]
+            for fault in entry["faults"] + unread:  # labels that would not be seen, and could get lost
+                raise InputError(f"{path}, {where(entry)}{fault}")
 
         # A fixed random order of the clips whose videos exist.
         videos = [entry["video_path"] or "an empty video_path" for entry in self.entries]

@@ -154,6 +154,8 @@ def check(args, model_type):
                          f"give a file name, such as {args.save_file}/sample.mp4")
     if not args.prompt or not all(prompt.strip() for prompt in args.prompt):
         raise InputError("the prompt is empty; give one with --prompt, or one per line of --prompts")
+    if any("\0" in prompt for prompt in args.prompt):
+        raise InputError("a prompt holds a NUL character; take it out of --prompts")
 
     for name, needed in [("image", model_type != "t2v"), ("last_image", model_type == "flf2v")]:
         given = bool(getattr(args, name))

@@ -113,8 +113,8 @@ def attend(case, world, directory, seconds):
 def outcome_in(directory):
     """What `attend` has written; the directory and all that belongs to it are removed."""
     outcome = json.loads(Path(f"{directory}.json").read_text())
-    for path in directory.parent.glob(f"{directory.name}*"):
-        remove(path)
+    for end in ("", ".out", ".err", ".json"):
+        remove(Path(f"{directory}{end}"))
     return outcome
 
 
@@ -177,8 +177,8 @@ def judge(case, directory, before, code, known):
     changed = sorted(name for name in {*before, *after} if before.get(name) != after.get(name))
     written = [name for name in changed if name in after]
     others = [name for name in changed if not name.startswith(COMMANDS[case.command].writes)]
-    if case.moved:
-        others = [name for name in others if name in before]
+    if case.moved:  # only --save_file names a file, which it may replace
+        others = [name for name in others if name in before and case.wrong != f"--save_file={name}"]
     faults = [fault_of(directory / name) for name in written]
     faults = [fault for fault in faults if fault and fault not in known]
     results = results_of(directory, written) or printed

@@ -383,6 +383,7 @@ WHY = [  # (pattern of "command: what is wrong", why it is right to accept it)
      r"|timeout|fps|\w*guidance)=1.5", "a value like others"),
 
     (r".*/config.json: eps 0.5", "a value like others"),
+    (r".*/config.json: (eps|text_len) missing", "that of the official models takes its place"),
     (r".*sampling.json: .* missing", "the published setting takes its place"),
     (r".*sampling.json: (shift|guidance|fps) 0.5", "a value like others"),
     (r".*sampling.json: (negative_prompt|prompt.0) (\"word\"|\"\")", "any text may be a prompt"),
@@ -405,6 +406,7 @@ WHY = [  # (pattern of "command: what is wrong", why it is right to accept it)
     (r".*(float16|float64)", "converted when it is loaded"),
     (r".*(safetensors|pth): .* huge", "finite, and so a weight like others"),
     (r"(score|train_\w+): clips/a.safetensors: text_\w+ one row less", "a caption of fewer tokens"),
+    (r".*: token_embedding.weight one row less", "the row of no token, of which umT5 has 84"),
     (r".*a.mp4: 64 bytes zero", "a video has no checksum, and its decoder conceals damage"),
     (r"data again: encoded/.*: (missing|a link to .*)", "encoded again, as what is not there"),
     (r"sample prompts: prompts.txt: cut off", "a text has no mark at its end"),
