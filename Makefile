@@ -7,8 +7,6 @@
 
 PYTHON ?= python3
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
-# Idle OpenMP threads spin for a short while only: several times as fast on a machine that does other work, too.
-export GOMP_SPINCOUNT ?= 10000
 
 demo: .venv/installed
 	.venv/bin/python demo.py

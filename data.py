@@ -22,10 +22,11 @@ import os
 from itertools import chain
 from pathlib import Path
 
+import cli
+
 import torch
 import torch.distributed as dist
 
-import cli
 import parallel
 from annotations import balance, read_list, where
 from clips import LABELS, label_of

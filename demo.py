@@ -16,6 +16,8 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 
+import cli
+
 import av
 import numpy as np
 import sentencepiece
@@ -24,7 +26,6 @@ from einops import rearrange
 from torch import nn
 from tqdm import trange
 
-import cli
 from clips import Clips
 from files import InputError, atomic_write, remove, write_json
 from model import WanConfig, WanModel

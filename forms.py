@@ -3,6 +3,7 @@
 A key with ? may be missing. A key that is not named is ignored, except where `str: NOTHING` forbids it.
 """
 import cli
+
 from files import NOTHING, Number
 
 # config.json of a transformer: the fields of model.WanConfig. Absurd ones are refused, not built.

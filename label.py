@@ -22,6 +22,7 @@ from mimetypes import guess_type
 from pathlib import Path
 
 import cli
+
 from annotations import read_list, where
 from clips import LABELS, label_of
 from files import InputError, read_json, write_json

@@ -2,32 +2,76 @@
 
 A 14B block at 720P x 81 frames keeps 11 to 20 GB for its backward; its input alone takes 0.8 GB in bf16.
 Activation checkpointing keeps only the inputs of the blocks and computes the rest again, one block at a time.
-Offloading also moves the inputs to CPU memory.
+Offloading also moves the inputs to CPU memory. Compiled blocks keep half of what others keep.
 """
+import importlib.util
+import logging
+import os
+import shutil
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from files import InputError
+
+aten = torch.ops.aten
+ATTENTION = [aten._scaled_dot_product_cudnn_attention.default,
+             aten._scaled_dot_product_flash_attention.default,
+             aten._scaled_dot_product_efficient_attention.default,
+             aten._scaled_dot_product_flash_attention_for_cpu.default]
+
+
+# ------------------------------------------------------------------------------ compiled blocks
+
+def compiles(args, device):
+    """Whether blocks are compiled: on CUDA, unless --no-compile says otherwise."""
+    return device.type == "cuda" if args.compile is None else args.compile
+
+
+def compile_block(block, save_attention=False):
+    """Compile a block: one graph per resolution, with or without gradient, frozen or trained.
+
+    For backward it keeps the results of attention, of exchanges between ranks, and of linear layers (addmm).
+    It computes the rest again, which costs little: norms, modulation, rotation and GELU, which are fused, and
+    adapters, which are small and have no bias (mm). Left to itself the compiler keeps twice as much, and with
+    its memory budget it computes cuDNN's attention again.
+
+    save_attention: the linear layers are computed again too. Such a block needs no checkpoint around it.
+    """
+    # PyTorch warns that operations in place would be lost. A block has none.
+    logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
+    kept = [*ATTENTION, torch.ops.wan_prfl.exchange.default]
+    if not save_attention:
+        kept.append(aten.addmm.default)
+    block.forward = torch.compile(
+        partial(checkpoint, block.forward, use_reentrant=False,
+                context_fn=partial(create_selective_checkpoint_contexts, kept)),
+        fullgraph=True, dynamic=False)
+
+
+def check_compiler(device):
+    """Raise InputError if what torch.compile needs is not installed."""
+    missing = None
+    if device.type == "cuda" and not importlib.util.find_spec("triton"):
+        missing = "Triton"
+    elif not any(map(shutil.which, (os.environ.get("CXX", "g++"), os.environ.get("CC", "gcc"), "clang"))):
+        missing = "a C++ compiler, such as g++"
+    if missing:
+        raise InputError(f"compiled blocks need {missing}; install it, or give --no-compile")
+
+
+# ------------------------------------------------------------------------------ running a block
 
 def block_runner(args, device):
     """The function with which a model runs each block (`model.run_block`), according to the flags."""
     offload = Offload(device) if "inputs" in args.offload else None
-    aten = torch.ops.aten
-    attention_kernels = [
-        aten._scaled_dot_product_cudnn_attention.default,
-        aten._scaled_dot_product_flash_attention.default,
-        aten._scaled_dot_product_efficient_attention.default,
-        aten._scaled_dot_product_flash_attention_for_cpu.default,
-    ]
-
-    def policy(ctx, op, *_, **__):
-        return CheckpointPolicy.MUST_SAVE if op in attention_kernels else CheckpointPolicy.PREFER_RECOMPUTE
-
+    compiled = compiles(args, device)
     options = {}
     if args.save_attention:
-        options["context_fn"] = lambda: create_selective_checkpoint_contexts(policy)
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, ATTENTION)
 
     def run_block(block, x, *rest):
         # The first block's input may differ in dtype and requires_grad from that of the others. Making
@@ -35,13 +79,16 @@ def block_runner(args, device):
         if not args.bf16_residual:
             x = x.float()
         learns = any(parameter.requires_grad for parameter in block.parameters())
-        if args.compile and torch.is_grad_enabled() and learns and not x.requires_grad:
-            x = x.detach().requires_grad_()
-        if args.activation_checkpointing and torch.is_grad_enabled() and (learns or x.requires_grad):
-            with offload.of(x) if offload else nullcontext():
+        if compiled and torch.is_grad_enabled() and learns and not x.requires_grad:
+            # Adding 0 and not x.requires_grad_(): a leaf would stay on the device until backward ends.
+            x = x + torch.zeros((), device=x.device, requires_grad=True)
+        backward = torch.is_grad_enabled() and (learns or x.requires_grad)
+        checkpointed = args.activation_checkpointing and backward
+        with offload.of(x) if offload and checkpointed else nullcontext():
+            if checkpointed and not (compiled and args.save_attention):
                 x = checkpoint(block, x, *rest, use_reentrant=False, **options)
-        else:
-            x = block(x, *rest)
+            else:
+                x = block(x, *rest)
         return x.bfloat16() if args.bf16_residual else x
 
     return run_block

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import nn
+from torch import addcmul, nn
 
 import sequence
 from files import InputError, check_form, load_weights, read_json, save_weights, weight_shapes
@@ -82,7 +82,7 @@ class LayerNorm32(nn.LayerNorm):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis, in float32, returned in x's dtype."""
+    """x / rms(x) * weight over the last axis, computed in float32, in x's dtype. It keeps no float32 copy."""
 
     def __init__(self, dim, eps):
         super().__init__()
@@ -90,7 +90,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x):
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 def timestep_embedding(t, dim):
@@ -190,11 +190,12 @@ class Block(nn.Module):
         dtype = self.ffn[0].weight.dtype
         modulation = self.modulation.float() + modulation
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(2)  # (B, 1 or L, D) each
-        h = self.norm1(x) * (1 + scale1) + shift1                      # (B, L, D) float32
-        x = x + gate1 * self.self_attn(h.to(dtype), rotary)            # the residual stream becomes float32
+        # addcmul(a, b, c) is a + b * c, and reads and writes all tokens once instead of twice.
+        h = addcmul(shift1, self.norm1(x), 1 + scale1)                 # (B, L, D) float32
+        x = addcmul(x, gate1, self.self_attn(h.to(dtype), rotary))     # the residual stream becomes float32
         x = x + self.cross_attn(self.norm3(x).to(dtype), text, image)
-        h = self.norm2(x) * (1 + scale2) + shift2
-        return x + gate2 * self.ffn(h.to(dtype))                       # (B, L, D) float32
+        h = addcmul(shift2, self.norm2(x), 1 + scale2)
+        return addcmul(x, gate2, self.ffn(h.to(dtype)))                # (B, L, D) float32
 
 
 class Head(nn.Module):

@@ -9,7 +9,6 @@ equal groups, each of which holds all weights.
 import hashlib
 import math
 import os
-import socket
 import warnings
 from contextlib import contextmanager
 from datetime import timedelta
@@ -24,41 +23,27 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import gpu
+import memory
 import sequence
 from files import InputError
 
 # ------------------------------------------------------------------------------ processes
 
-# cuDNN's attention is the fastest on Hopper. Where a kernel does not run, PyTorch takes the next in the list.
-ATTENTION_KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
-                     SDPBackend.MATH]
-_attention = None  # the context of this order, never left; kept here, since garbage collection would leave it
-
-
-def start(sp=1, minutes=24 * 60.0):
-    """Join the processes that torchrun started, or stand alone. Returns this process's device.
+def start(sp=1, minutes=24 * 60.0, deterministic=False):
+    """Join the processes that torchrun started, or stand alone. Returns this process's device (gpu.start).
 
     A process waits `minutes` for the others: --timeout in training, a day where each works alone for long.
     """
-    global _attention
-    device = torch.device("cpu")
-    backend = "gloo"
-    if torch.cuda.is_available():
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        device = torch.device("cuda", gpu_index(local_rank, torch.cuda.device_count()))
-        backend = "cpu:gloo,cuda:nccl"
-        torch.cuda.set_device(device)
-        _attention = sdpa_kernel(ATTENTION_KERNELS, set_priority=True)
-        _attention.__enter__()
+    device = gpu.start(deterministic)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     dist.distributed_c10d.default_pg_timeout = timedelta(minutes=minutes)  # for later groups, FSDP2's too
-    if device.type == "cuda":
-        check_own_gpu(f"{socket.gethostname()} {torch.cuda.get_device_properties(device).uuid}")
+    gpu.check_own(device)
 
     ranks = dist.get_world_size()
     if sp < 1 or ranks % sp:
@@ -67,23 +52,6 @@ def start(sp=1, minutes=24 * 60.0):
     if sp > 1:
         sequence.group = init_device_mesh(device.type, (ranks // sp, sp)).get_group(1)
     return device
-
-
-def gpu_index(local_rank, count):
-    """The GPU of a process among the `count` it sees. Some launchers show each process only its own."""
-    if count == 1:
-        return 0
-    if local_rank >= count:
-        raise InputError(f"there are more processes than the {count} GPUs here; lower --nproc_per_node")
-    return local_rank
-
-
-def check_own_gpu(name):
-    """Refuse two processes on one GPU, which NCCL would report only as "invalid usage"."""
-    names = [None] * dist.get_world_size()
-    dist.all_gather_object(names, name)
-    if names.count(name) > 1:
-        raise InputError(f"{names.count(name)} processes share one GPU ({name}); lower --nproc_per_node")
 
 
 def data_ranks():
@@ -124,9 +92,11 @@ def mean(values):
 
 # ------------------------------------------------------------------------------ sharding
 
+DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
+
+
 def compute_dtype(args, device):
-    chosen = args.compute_dtype or ("bf16" if device.type == "cuda" else "float32")
-    return {"bf16": torch.bfloat16, "float32": torch.float32}[chosen]
+    return DTYPES[args.compute_dtype or ("bf16" if device.type == "cuda" else "float32")]
 
 
 def shard(model, dit, heads, device, args):
@@ -160,16 +130,16 @@ def shard(model, dit, heads, device, args):
         shape = (args.dp_replicate, ranks // args.dp_replicate)
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
     offload = OffloadPolicy()
-    if "weights" in args.offload:
+    if offloads(model, args):
         offload = CPUOffloadPolicy(pin_memory=device.type == "cuda")
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     policy32 = MixedPrecisionPolicy(cast_forward_inputs=False)
 
-    if args.compile:
-        # One graph per resolution, with or without gradient, frozen or trained.
+    if memory.compiles(args, device):
+        memory.check_compiler(device)
         torch._dynamo.config.recompile_limit = 64
         for block in dit.blocks:
-            block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
+            memory.compile_block(block, args.save_attention)
     # FSDP2 warns about outputs that are views: an in-place write would lose its gradient. There is none here.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for module in float32:
@@ -179,9 +149,10 @@ def shard(model, dit, heads, device, args):
     return fully_shard(model, mesh=mesh, offload_policy=offload, mp_policy=policy)
 
 
-def storage(args, device):
-    """Where a sharded model's weights are between uses."""
-    return torch.device("cpu") if "weights" in args.offload else device
+def offloads(model, args):
+    """Whether a model's weights are in CPU memory between uses: every model's, or those of frozen ones."""
+    frozen = not any(parameter.requires_grad for parameter in model.parameters())
+    return "weights" in args.offload or ("reward" in args.offload and frozen)
 
 
 def gathers(args, model, device):

@@ -11,9 +11,10 @@ from contextlib import contextmanager
 from itertools import cycle
 from pathlib import Path
 
+import cli
+
 import numpy as np
 
-import cli
 from files import InputError, atomic_write, parse_json, read_json
 from forms import LOG, SCORES
 

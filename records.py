@@ -39,7 +39,7 @@ from parallel import compute_dtype, share
 
 # Flags that do not change what is computed: they may differ when a run is resumed.
 EXECUTION = ["sp", "dp_replicate", "compile", "activation_checkpointing", "save_attention", "offload",
-             "resume", "keep_checkpoints", "timeout", "stop_if_hacked"]
+             "deterministic", "resume", "keep_checkpoints", "export_dtype", "timeout", "stop_if_hacked"]
 
 
 # ------------------------------------------------------------------------------ before a run
@@ -52,8 +52,6 @@ def check_run(args):
         for flag, given in needing.items():
             if given:
                 raise InputError(f"--{flag} needs --activation_checkpointing; add it, or leave --{flag} out")
-    if args.save_attention and args.compile:
-        raise InputError("--save_attention cannot see into compiled blocks; leave it or --compile out")
     share(range(args.batch_size))
 
     found = checkpoints(args.output)

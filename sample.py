@@ -19,10 +19,12 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import NamedTuple
 
+import cli
+
 import torch
 import torch.nn.functional as F
 
-import cli
+import gpu
 import parallel
 from annotations import read_list
 from clips import condition_input
@@ -289,6 +291,13 @@ def best(rewards, count, when):
 
 # ------------------------------------------------------------------------------ the command
 
+def move(models, device):
+    """Move those models that are there."""
+    for model in models:
+        if model is not None:
+            model.to(device)
+
+
 def guided_velocity(model, text, negative, condition, guidance):
     """velocity(x, t) of the model for one prompt."""
     def velocity(x, t, negative_prompt):
@@ -319,7 +328,7 @@ def main(argv=None):
         print(f"all videos are in {args.output} already")
         return
     check_writable(jobs[0].path.parent)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = gpu.start()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
 
     # ---- condition: the prompts and images; their encoders are large and leave memory again
@@ -341,6 +350,7 @@ def main(argv=None):
     # ---- models
     model = WanModel.from_pretrained(transformer, dtype, device).eval()
     shape = (1, 16, (args.frames - 1) // 4 + 1, height // 8, width // 8)
+    pavrm = None
     if args.best_of:
         pavrm = PAVRM.from_pretrained(args.reward, dtype, device)
         weights = torch.tensor(list(labels.values()), device=device)
@@ -348,6 +358,7 @@ def main(argv=None):
 
     for job in jobs:
         # ---- the noise of each seed, and a solver for each: solvers remember earlier steps
+        move([model, pavrm], device)  # from where they were during the last video's decoding
         text, prompt = texts[job.number].to(device), args.prompt[job.number]
         velocity = guided_velocity(model, text, negative, condition, args.guidance)
         latents, solvers = {}, {}
@@ -390,9 +401,10 @@ def main(argv=None):
             latents = {kept[0]: latents[kept[0]]}
         (seed, x), = latents.items()
 
-        # ---- pixels; after the last walk the VAE gets the memory of the models
+        # ---- pixels; the VAE gets the memory of the models, which wait in CPU memory for the next video
         if job is jobs[-1]:
             model = pavrm = velocity = None
+        move([model, pavrm], "cpu")
         pixels = encoder.video_encoder.decode(x)[0]                     # (3, T, H, W)
         check_sample(pixels, seed, prompt)
         with atomic_write(job.path) as beside:

@@ -10,10 +10,11 @@ Videos are encoded first (data.py); a second run finds them encoded. Under torch
 from collections import Counter
 from pathlib import Path
 
+import cli
+
 import torch
 import torch.nn.functional as F
 
-import cli
 import parallel
 import plot
 from clips import Clips, collate

@@ -2,6 +2,7 @@
 script."""
 import argparse
 import importlib
+import json
 import math
 import os
 import signal
@@ -10,10 +11,11 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import cli
+
 import pytest
 import torch.distributed as dist
 
-import cli
 import train_pavrm
 import train_prfl
 from files import InputError
@@ -22,6 +24,67 @@ from testdata.helpers import ROOT, flags_of
 SCRIPTS = [train_pavrm, train_prfl]
 WITH_FLAGS = [path for path in (*ROOT.glob("*.py"), *ROOT.glob("tools/*.py"))
               if "cli.Parser(" in path.read_text() and not path.stem.startswith("test_")]
+
+
+# ------------------------------------------------------------------------------ settings of PyTorch
+
+# Prints the environment at the moment when a script first asks for PyTorch, and goes no further.
+AT_TORCH = """
+import importlib, json, os, sys
+from importlib import metadata
+
+class Finder:
+    def find_spec(name, *_):
+        if name.partition(".")[0] == "torch":
+            print(json.dumps([script, dict(os.environ)]), flush=True)
+            os._exit(0)
+
+sys.meta_path.insert(0, Finder)
+metadata.version = {"torch": sys.argv[1]}.get
+for script in sys.argv[2:]:
+    if os.fork() == 0:
+        importlib.import_module(script)
+        os._exit(1)
+    assert os.wait()[1] == 0, script
+"""
+
+
+def environments(scripts, torch_version, **own):
+    """{script: the environment in which it imports PyTorch}; `own` is set before."""
+    ours = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "GOMP_SPINCOUNT")
+    env = {name: value for name, value in os.environ.items() if name not in ours}
+    done = subprocess.run([sys.executable, "-c", AT_TORCH, torch_version, *scripts], env=env | own, cwd=ROOT,
+                          stdout=subprocess.PIPE, check=True)
+    return dict(map(json.loads, done.stdout.splitlines()))
+
+
+def test_every_script_has_the_settings_before_it_imports_torch():
+    scripts = []
+    for path in (*ROOT.glob("*.py"), *ROOT.glob("tools/*.py")):
+        if "cli.run(" in path.read_text() and not path.stem.startswith("test_"):
+            scripts.append(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    assert {"train_prfl", "train_pavrm", "sample", "score", "data", "demo", "tools.bench"} <= set(scripts)
+    found = environments(scripts, "2.13.0+cpu")
+    assert found.keys() == set(scripts)
+    for script, env in found.items():
+        allocator = "expandable_segments:True,pinned_max_round_threshold_mb:64"
+        assert (env["PYTORCH_ALLOC_CONF"], env["GOMP_SPINCOUNT"]) == (allocator, "10000"), script
+
+
+@pytest.mark.parametrize("torch_version, known", [("2.11.0+cu130", False), ("2.12.1", False),
+                                                  ("2.13.0a0+git1234567", True), ("2.14.0", True)])
+def test_no_setting_that_pytorch_does_not_know(torch_version, known):
+    """An unknown one ends a run on a GPU when it starts."""
+    (env,) = environments(["cli"], torch_version).values()
+    assert env["PYTORCH_ALLOC_CONF"].startswith("expandable_segments:True")
+    assert ("pinned_max_round_threshold_mb" in env["PYTORCH_ALLOC_CONF"]) == known
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_ones_own_settings_are_kept(name):
+    own = {name: "max_split_size_mb:512", "GOMP_SPINCOUNT": "7"}
+    (env,) = environments(["cli"], "2.13.0", **own).values()
+    assert {key: env[key] for key in env if key.endswith("_ALLOC_CONF") or key == "GOMP_SPINCOUNT"} == own
 
 
 # ------------------------------------------------------------------------------ flags

@@ -1,4 +1,6 @@
 """LoRA: an adapter starts without effect, follows its equation, and is saved so that others can read it."""
+import weakref
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -122,6 +124,30 @@ def test_an_adapter_file_adds_up_to_the_merged_model(tmp_path):
     for name in adapters(model):
         a, b = (tensors[f"diffusion_model.{name}.{part}.weight"] for part in ("lora_A", "lora_B"))
         assert torch.allclose(base[f"{name}.weight"] + b @ a, merged[f"{name}.weight"], atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_are_merged_one_at_a_time(tmp_path, monkeypatch, dtype):
+    """So an export never holds a float32 copy of the model, only of what goes into one file."""
+    merged, alive, by_hand = [], [], LoRALinear.merged
+
+    def watched(self, weight):
+        alive.append(sum(reference() is not None for reference in merged))
+        result = by_hand(self, weight)
+        merged.append(weakref.ref(result))
+        return result
+
+    model = with_adapters(started=False).bfloat16()  # the base; the adapters are float32 again below
+    for layer in adapters(model).values():
+        layer.lora_A.float(), layer.lora_B.float()
+    monkeypatch.setattr(LoRALinear, "merged", watched)
+    monkeypatch.setattr(files, "SHARD_BYTES", 20_000)  # room for two of them in float32
+    model.save_pretrained(tmp_path / "model", dtype)
+    assert len(merged) == 24 and max(alive) == (1 if dtype == torch.float32 else 0)
+    loaded = WanModel.from_pretrained(tmp_path / "model")
+    name = "blocks.2.cross_attn.o"
+    expected = by_hand(model.get_submodule(name), model.get_submodule(name).weight)
+    assert torch.equal(loaded.get_submodule(name).weight, expected.to(dtype).float())
 
 
 def test_without_adapters_it_is_the_model_as_it_was():

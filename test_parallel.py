@@ -2,21 +2,16 @@
 import math
 import subprocess
 import sys
-import weakref
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch._dynamo.testing import CompileCounter
 from torch.distributed.tensor import DTensor
 
 import files
-import memory
 import parallel
-import records
 import sequence
 import train_pavrm
 import train_prfl
@@ -27,7 +22,6 @@ from testdata.helpers import (
     SEVERAL,
     SHAPE,
     TINY,
-    Calls,
     fill_vae,
     flags_of,
     flat,
@@ -201,32 +195,6 @@ def test_batch_size_that_cannot_be_shared(monkeypatch):
         parallel.share([7, 8, 9])
 
 
-# ------------------------------------------------------------------------------ GPUs of a process
-
-@pytest.mark.parametrize("local_rank, count, index", [(0, 8, 0), (7, 8, 7), (0, 1, 0), (7, 1, 0)])
-def test_the_gpu_of_a_process(local_rank, count, index):
-    """Its own of those it sees; some launchers show each process one GPU, which has number 0 then."""
-    assert parallel.gpu_index(local_rank, count) == index
-
-
-def test_more_processes_than_gpus():
-    with pytest.raises(InputError, match="more processes than the 2 GPUs here"):
-        parallel.gpu_index(2, 2)
-
-
-def test_two_processes_on_one_gpu(monkeypatch):
-    """Of one that each process sees, it must be another one for each."""
-    def gathered(names, name):
-        names[:] = others + [name]
-
-    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(dist, "all_gather_object", gathered)
-    others = ["node 1 GPU-a"]
-    parallel.check_own_gpu("node 1 GPU-b")
-    with pytest.raises(InputError, match="2 processes share one GPU .node 1 GPU-a.; lower --nproc_per_node"):
-        parallel.check_own_gpu("node 1 GPU-a")
-
-
 # ------------------------------------------------------------------------------ sequences
 
 def test_what_cannot_be_shared(world, monkeypatch):
@@ -254,72 +222,6 @@ def test_tokens_are_split_with_padding(monkeypatch):
 
 
 # ------------------------------------------------------------------------------ memory and speed
-
-def test_offloaded_inputs_and_saved_attention_change_nothing(quick, monkeypatch):
-    """Each block's input goes away and comes back once; buffers are reused; saved results are not computed
-    twice."""
-    offloads, init = [], memory.Offload.__init__
-
-    def spy(self, device):
-        offloads.append(self)
-        init(self, device)
-
-    monkeypatch.setattr(memory.Offload, "__init__", spy)
-    flags = ["--steps", "2", "--accumulation", "1", "--solver_steps", "4"]
-    plain = numbers(run(train_prfl, "plain", *flags))
-    counts = {}
-    cases = {"checkpointed": [],
-             "offloaded": ["--offload", "inputs", "weights"],
-             "attention": ["--save_attention"]}
-    for name, more in cases.items():
-        with Calls("_scaled_dot_product") as counted:
-            log = run(train_prfl, name, *flags, "--activation_checkpointing", *more)
-        assert numbers(log) == plain, name
-        counts[name] = counted.backward
-    assert counts["offloaded"] == counts["checkpointed"] > 0 and counts["attention"] == 0
-    (offload,) = offloads
-    assert not offload.away
-    assert sum(map(len, offload.free.values())) == 5  # policy's three blocks and PAVRM's two
-
-
-def test_an_offloaded_input_leaves_the_device():
-    """Nothing keeps it but the copy: not the hooks, nor autograd."""
-    args = train_prfl.parse_args(["--activation_checkpointing", "--offload", "inputs"])
-    run_block = memory.block_runner(args, torch.device("cpu"))
-    layers, alive = [torch.nn.Linear(8, 8) for _ in range(4)], []
-    x = torch.ones(2, 8, requires_grad=True) * 1
-    for layer in layers:
-        alive.append(weakref.ref(x))
-        x = run_block(layer, x)
-    assert [each() is None for each in alive] == [True] * 4
-    x.sum().backward()
-    assert all(layer.weight.grad is not None for layer in layers)
-
-
-@pytest.mark.parametrize("flags", [[], pytest.param(["--lora_rank", "4"], marks=pytest.mark.full),
-                                   pytest.param(["--compute_dtype", "bf16"], marks=pytest.mark.full)])
-def test_at_most_three_graphs_and_none_after_the_second_step(quick, monkeypatch, flags):
-    """The policy with and without gradient, and the reward model; the backend counts them and runs them as
-    they are."""
-    counter, after = CompileCounter(), []
-    compiled, check = torch.compile, records.Checkpoints.check_finite
-
-    def spy(*inputs):
-        after.append(counter.frame_count)
-        return check(*inputs)
-
-    monkeypatch.setattr(torch, "compile", partial(compiled, backend=counter))
-    monkeypatch.setattr(records.Checkpoints, "check_finite", spy)
-    flags = [*flags, "--steps", "3", "--accumulation", "1", "--k", "1"]
-    plain = numbers(run(train_prfl, "plain", *flags))
-    torch._dynamo.reset()
-    after.clear()
-    compiled_log = numbers(run(train_prfl, "compiled", *flags, "--compile", "--activation_checkpointing"))
-    assert 2 <= counter.frame_count <= 3
-    assert after[3] == after[-1] == counter.frame_count and len(after) == 6  # two checks per step
-    for a, b in zip(plain, compiled_log, strict=True):
-        assert b.pop("k") == a.pop("k") and b == pytest.approx(a, rel=0.02 if "bf16" in flags else 1e-3)
-
 
 def test_weights_stay_gathered_during_a_rollout(world):
     parallel.start()

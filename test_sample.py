@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+import gpu
 import label
 import parallel
 import sample
@@ -417,6 +418,31 @@ def test_models_leave_memory_when_they_are_done(models, rewards, tmp_path, monke
         gc.enable()
     assert alive == [("UMT5Encoder", []), ("CLIPVisionModel", []), ("WanModel", []), ("PAVRM", ["WanModel"]),
                      ("decode", ["WanModel", "PAVRM"]), ("decode", [])]
+
+
+def test_models_leave_the_device_while_a_video_is_decoded(models, rewards, tmp_path, monkeypatch):
+    """The VAE needs their memory, for every video; each is written before the next one is sampled. A CPU with
+    a number stands for the GPU."""
+    device, events = torch.device("cpu:0"), []
+    to, decode = torch.nn.Module.to, WanVAE.decode
+
+    def watched_to(self, target):
+        if not isinstance(target, torch.dtype):
+            events.append((type(self).__name__, str(target)))
+        return to(self, target)
+
+    def watched_decode(self, x):
+        events.append(f"decode, {len(list(tmp_path.glob('*.mp4')))} are written")
+        return decode(self, x)
+
+    monkeypatch.setattr(gpu, "start", lambda: device)
+    monkeypatch.setattr(torch.nn.Module, "to", watched_to)
+    monkeypatch.setattr(WanVAE, "decode", watched_decode)
+    prompts = ["--prompt", "two balls", "the cat sat", "a red ball"]
+    run(models["t2v"], tmp_path / "a.mp4", *prompts, "--best_of", 1, "--reward", rewards["t2v"])
+    back, away = ([(name, place) for name in ("WanModel", "PAVRM")] for place in ("cpu:0", "cpu"))
+    assert events == [*back, *away, "decode, 0 are written", *back, *away, "decode, 1 are written",
+                      *back, "decode, 2 are written"]
 
 
 # ------------------------------------------------------------------------------ directories

@@ -20,6 +20,7 @@ from reward import PAVRM, QueryAttention
 from t5 import UMT5Encoder
 from testdata.golden import draw, fill_
 from testdata.helpers import ROOT, tiny, torchrun
+from vae import WanVAE
 from video import read_video, write_video
 
 
@@ -159,27 +160,30 @@ def test_videos_of_one_name_are_numbered(run):
     assert found == [("square-1", "one"), ("square-2", "two"), ("c", "three")]
 
 
-def test_the_text_encoder_leaves_memory_before_the_reward_model_is_loaded(run, monkeypatch):
-    load_encoder, load_pavrm = UMT5Encoder.from_pretrained, PAVRM.from_pretrained
-    encoders, alive = [], []
+def test_what_encodes_leaves_memory_before_the_reward_model_is_loaded(run, monkeypatch):
+    """The text encoder above all, which takes 11 GB."""
+    made, alive = {}, []
 
-    def watched_encoder(*args, **kwargs):
-        encoder = load_encoder(*args, **kwargs)
-        encoders.append(weakref.ref(encoder))
-        return encoder
+    def watch(cls):
+        load = cls.from_pretrained
 
-    def watched_pavrm(*args, **kwargs):
-        alive.extend(reference() for reference in encoders)
-        return load_pavrm(*args, **kwargs)
+        def watched(*args, **kwargs):
+            if cls is PAVRM:
+                alive.append({name: reference() for name, reference in made.items()})
+            model = load(*args, **kwargs)
+            made[cls.__name__] = weakref.ref(model)
+            return model
 
-    monkeypatch.setattr(UMT5Encoder, "from_pretrained", watched_encoder)
-    monkeypatch.setattr(PAVRM, "from_pretrained", watched_pavrm)
+        monkeypatch.setattr(cls, "from_pretrained", watched)
+
+    for cls in (UMT5Encoder, WanVAE, PAVRM):
+        watch(cls)
     gc.disable()  # so that reference counts alone decide
     try:
         run("a", "--video", moving_square("a.mp4", 1), "--prompt", "a square", "--timesteps", "600")
     finally:
         gc.enable()
-    assert alive == [None]
+    assert alive == [{"UMT5Encoder": None, "WanVAE": None}]
 
 
 # ------------------------------------------------------------------------------ where the model looks

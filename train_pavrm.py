@@ -25,10 +25,11 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
+import cli
+
 import torch
 import torch.distributed as dist
 
-import cli
 import parallel
 import records
 from clips import LABELS, Clips, Order, choose_caption, collate, label_of, prefetch
@@ -205,7 +206,7 @@ def load_pavrm(pavrm, layers, args, device):
     dit = pavrm.dit
     parallel.shard(pavrm, dit, pavrm.heads, device, args)
     ignore = ["head.", *(f"blocks.{i}." for i in range(len(dit.blocks), layers))]
-    load_weights(dit, args.model, ignore=ignore, device=parallel.storage(args, device))
+    load_weights(dit, args.model, ignore=ignore, device="cpu" if parallel.offloads(pavrm, args) else device)
     start_lora(dit, args.seed)
     dit.run_block = block_runner(args, device)
 
@@ -219,10 +220,10 @@ def make_optimizer(pavrm, args, device):
                              fused=device.type == "cuda")
 
 
-def export(pavrm, ema, directory):
+def export(pavrm, ema, directory, args):
     """Write the reward model, or its average where the run has one."""
     with ema.swapped() if ema else nullcontext():
-        pavrm.save_pretrained(Path(directory, "reward"), torch.float32)
+        pavrm.save_pretrained(Path(directory, "reward"), parallel.DTYPES[args.export_dtype])
 
 
 # ------------------------------------------------------------------------------ training
@@ -231,7 +232,7 @@ def main(argv=None):
     args = parse_args(argv)
     if args.head_lr is None:
         args.head_lr = {"ce": 1e-6, "bt": 1e-5}[args.loss]
-    device = parallel.start(args.sp, args.timeout)
+    device = parallel.start(args.sp, args.timeout, args.deterministic)
     records.check_run(args)
     if args.lora_rank and args.train_blocks is not None:
         raise InputError("--train_blocks and --lora_rank exclude each other: adapters train beside all "
@@ -323,7 +324,7 @@ def main(argv=None):
         if done % args.save_every == 0 or done == args.steps or stopped_by:
             checkpoints.save(done)
         if args.export_every and done % args.export_every == 0:
-            export(pavrm, ema, Path(args.output, "exports", f"step_{done:06d}"))
+            export(pavrm, ema, Path(args.output, "exports", f"step_{done:06d}"), args)
         log.pause()
         if stopped_by:
             break
@@ -333,7 +334,7 @@ def main(argv=None):
     if stopped_by and done < args.steps:
         log.say(f"stopped by {stopped_by} after step {done}; --resume continues from there")
         return
-    export(pavrm, ema, args.output)
+    export(pavrm, ema, args.output, args)
     log.say(f"the reward model is in {args.output}/reward")
 
 

@@ -31,9 +31,10 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import cli
+
 import torch
 
-import cli
 import parallel
 import records
 from clips import LABELS, Clips, Order, choose_caption, collate, label_of, prefetch
@@ -222,7 +223,7 @@ def load(model, dit, heads, directory, run_block, device, args):
     `dit` is its transformer, `heads` the modules at its end.
     """
     parallel.shard(model, dit, heads, device, args)
-    load_weights(model, directory, device=parallel.storage(args, device))
+    load_weights(model, directory, device="cpu" if parallel.offloads(model, args) else device)
     dit.run_block = run_block
 
 
@@ -255,7 +256,7 @@ def export(policy, ema, directory, args):
     """Write the model in the official layout, and its average and adapters where the run has them."""
     for suffix in ("", "_ema") if ema else ("",):
         with ema.swapped() if suffix else nullcontext():
-            policy.save_pretrained(Path(directory, f"model{suffix}"), torch.float32)
+            policy.save_pretrained(Path(directory, f"model{suffix}"), parallel.DTYPES[args.export_dtype])
             if args.lora_rank:
                 save_adapter(policy, Path(directory, f"adapter{suffix}.safetensors"))
 
@@ -264,7 +265,7 @@ def export(policy, ema, directory, args):
 
 def main(argv=None):
     args = parse_args(argv)
-    device = parallel.start(args.sp, args.timeout)
+    device = parallel.start(args.sp, args.timeout, args.deterministic)
     records.check_run(args)
     if len(set(args.phases)) < len(args.phases):
         raise InputError(f"--phases {' '.join(args.phases)} repeats a phase; give each once")

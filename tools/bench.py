@@ -27,10 +27,11 @@ import sys
 import time
 from functools import partial
 
+import cli
+
 import torch
 import torch.distributed as dist
 
-import cli
 import parallel
 import records
 from lora import add_lora
@@ -138,7 +139,7 @@ def randomize(model, dit, heads, device, args):
     """Shard a model that is on the meta device as training does, and give it small random weights where they
     will stay."""
     parallel.shard(model, dit, heads, device, args)
-    model.to_empty(device=parallel.storage(args, device))
+    model.to_empty(device="cpu" if parallel.offloads(model, args) else device)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.to_local().normal_(std=0.02)
@@ -357,7 +358,7 @@ def main(argv=None):
     args = parse_args(argv)
     if "prfl" in args.stages and "reward" in args.phases:
         rewardable([str(k) for k in args.k], args.solver_steps)  # refuses a k that does not fit
-    device = parallel.start(args.sp, args.timeout)
+    device = parallel.start(args.sp, args.timeout, args.deterministic)
     name, gpu = device_name(device)
     say = print if dist.get_rank() == 0 else lambda line: None
 

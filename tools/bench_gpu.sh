@@ -14,8 +14,8 @@ PYTHON=${PYTHON:-.venv/bin/python}
 OUTPUT=${OUTPUT:-outputs/bench.jsonl}
 mkdir -p "$(dirname "$OUTPUT")"
 
-LARGE="--dit 14B --frames 81 --compile"
-MIDDLE="--dit 1.3B --frames 81 --size 832x480 --compile"
+LARGE="--dit 14B --frames 81"
+MIDDLE="--dit 1.3B --frames 81 --size 832x480"
 P480="--size 832x480"
 P720="--size 1280x720"
 VAE="--size 832x480 --frames 17"
@@ -48,16 +48,17 @@ for group in ${*:-forward gradient reward step small vae}; do
     forward)  # one forward of 14B at both sizes, and the share outside matrix products and attention
         bench forward $LARGE $P720 --repeats 5 --profile
         bench forward $LARGE $P480 --repeats 5 --profile
+        bench forward $LARGE $P480 --repeats 5 --profile --no-compile
         ;;
     gradient)  # LoRA on one GPU: peak memory, and what offloading costs
-        bench gradient $LARGE $P720 $LORA --offload inputs --repeats 2
+        bench gradient $LARGE $P720 $LORA --offload inputs reward --repeats 2
         bench gradient $LARGE $P720 $LORA --repeats 2
         ;;
     reward)  # PRFL's reward phase by LoRA on one GPU, at k = 0 and 2, and extrapolated to the mean k
-        bench prfl $LARGE $P720 $LORA --offload inputs --phases reward --k 0 2 --solver_steps $STEPS $ONCE
+        bench prfl $LARGE $P720 $LORA --offload inputs reward --phases reward --k 0 2 --solver_steps $STEPS $ONCE
         ;;
     step)  # a whole step at k = 2: SFT phase and reward phase
-        bench prfl $LARGE $P720 $LORA --offload inputs --k 2 --solver_steps $STEPS $ONCE
+        bench prfl $LARGE $P720 $LORA --offload inputs reward --k 2 --solver_steps $STEPS $ONCE
         ;;
     small)  # 1.3B, all weights trained
         bench forward gradient reward prfl pavrm $MIDDLE --activation_checkpointing --k 0 2 \

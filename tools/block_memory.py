@@ -11,7 +11,8 @@ def block_memory(block, config, tokens, clips=1, itemsize=2, bf16_residual=False
     the most that backward needs on top of that).
 
     The lines of Block.forward, in order. `tokens` are this rank's, `itemsize` is that of the compute dtype.
-    fused_norm: RMSNorm as on CUDA; elsewhere it keeps its result too if its weight is trained.
+    fused_norm: RMSNorm as on CUDA; elsewhere it keeps its input, and its result if its weight is trained, in
+    float32.
     """
     def learns(name):  # the layer needs its input for the gradient of its weight
         layer = block.get_submodule(name)
@@ -19,9 +20,9 @@ def block_memory(block, config, tokens, clips=1, itemsize=2, bf16_residual=False
 
     D, F, c, heads = config.dim, config.ffn_dim, itemsize, config.num_heads
     trained = block.modulation.requires_grad
-    norm = 4 * D  # RMSNorm's float32 input
-    if trained and not fused_norm:
-        norm += 4 * D
+    norm = c * D + 4  # RMSNorm's input and 1 / rms
+    if not fused_norm:
+        norm = 4 * D + trained * 4 * D
     of_tokens, of_text = adapter_bytes(block, c)
     per_token = [
         bf16_residual * 4 * D,                                 # norm1: float32 copy of its input
@@ -57,6 +58,33 @@ def block_memory(block, config, tokens, clips=1, itemsize=2, bf16_residual=False
     # and result, then GELU's two gradients. By then the results of ffn and GELU are free again.
     freed = trained * c * D + learns("ffn.2") * c * F
     working = max(trained * 12 * D, 4 * D + 2 * c * F - freed)
+    return saved, clips * tokens * working
+
+
+def compiled_memory(block, config, tokens, clips=1, itemsize=2, sp=1):
+    """The same two numbers of a block that memory.compile_block compiled.
+
+    The first counts what compile_block names. The second follows the graph of its backward (torch 2.13): most
+    is alive at GELU or, with adapters, at self-attention, when their products are there again: 22.1 times the
+    clip's tokens in the compute dtype.
+    """
+    D, F, c, heads = config.dim, config.ffn_dim, itemsize, config.num_heads
+    trained = block.modulation.requires_grad
+    adapted = hasattr(block.self_attn.o, "lora_A")
+    per_token = [
+        5 * c * D + 4 * heads,                                 # q, k, v, attention and o of self-attention
+        (sp > 1) * 2 * c * D,                                  # q, k and v exchanged, v not before as well
+        (sp > 1 and (trained or adapted)) * c * D,             # attention's result, back with its tokens
+        3 * c * D + 4 * heads,                                 # q, attention and o of cross-attention
+        config.use_clip * (c * D + 4 * heads),                 # attention to image tokens
+        c * F,                                                 # ffn.0
+        trained * c * D,                                       # ffn.2, for the gate
+    ]
+    text = 2 * c * D * (config.text_len + config.use_clip * image_tokens(config))    # keys and values
+    saved = clips * (tokens * sum(per_token) + text)
+    working = 4 * D + 2 * c * F
+    if adapted:
+        working = max(working, 22.1 * c * D - sum(per_token))
     return saved, clips * tokens * working
 
 

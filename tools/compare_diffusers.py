@@ -13,9 +13,11 @@ import re
 import statistics
 import time
 
+import cli
+
 import torch
 
-import cli
+import gpu
 from files import InputError
 from model import WanConfig, WanModel
 from tools.bench import profile, synchronize
@@ -140,7 +142,7 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = gpu.start()
     torch.manual_seed(0)
     print("size    dtype     threads  compiled  pass              ours ms  diffusers ms  "
           "times as fast (median, minimum)")

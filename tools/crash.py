@@ -18,10 +18,11 @@ import tempfile
 import time
 from pathlib import Path
 
+import cli
+
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-import cli
 from files import InputError
 from records import checkpoints
 

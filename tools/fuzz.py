@@ -34,11 +34,12 @@ from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
+import cli
+
 import torch
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-import cli
 import demo
 import label
 from files import InputError, remove

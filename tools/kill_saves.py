@@ -21,10 +21,11 @@ import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
+import cli
+
 import torch
 import torch.distributed.checkpoint as dcp
 
-import cli
 import encode
 import files
 import label

@@ -17,9 +17,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import cli
+
 import torch
 
-import cli
 import plot
 from clips import Clips
 from demo import PAVRM_FLAGS, PRFL_FLAGS, good_motion, make_data, rewards, sample

@@ -6,28 +6,28 @@ floor in seconds.
     python -m tools.bench --plan fits    # the smallest number of GPUs on which training fits
 
 All flags of train_prfl.py or train_pavrm.py are understood. Models are built without weights. 1 GB is 1e9
-bytes. The last line is JSON. Blocks are counted as without --compile; compiled ones need less. Not
-counted: evaluation (decoding samples), the CUDA context, NCCL's buffers, gaps of the allocator. 5 % of the
-GPU is left free for these.
+bytes. The last line is JSON. Blocks are compiled, as on any GPU without --no-compile. Not counted: the CUDA
+context, NCCL's buffers, gaps of the allocator. 5 % of the GPU is left free for these.
 """
 import json
 import math
 from functools import lru_cache
 from pathlib import Path
 
+import cli
+
 import torch
 
-import cli
 import train_pavrm
 import train_prfl
 from files import InputError
 from lora import add_lora
+from memory import compiles
 from model import WanConfig, WanModel
 from reward import PAVRM
 from tools import floors
-from tools.block_memory import block_memory, forward_memory
 from tools.floors import GPUS, USABLE
-from vae import WanVAE
+from tools.run_memory import memory
 
 # ------------------------------------------------------------------------------ models
 
@@ -101,12 +101,6 @@ def build_pavrm(config, lora_rank, lora_targets, num_blocks, labels, pool, num_q
     return pavrm, Weights(pavrm)
 
 
-@lru_cache
-def vae_weights():
-    with torch.device("meta"):
-        return numel(WanVAE().parameters())
-
-
 class Run:
     """A run of train_{script}.py with the flags `args` on that many GPUs, and the numbers that follow.
 
@@ -121,6 +115,7 @@ class Run:
         if config.num_heads % args.sp:
             raise InputError(f"--sp {args.sp} does not divide the model's {config.num_heads} heads; "
                              f"use a divisor")
+        self.compiled = compiles(args, torch.device("cuda"))
         self.itemsize = 4 if args.compute_dtype == "float32" else 2
         self.residual_itemsize = 2 if args.bf16_residual else 4
         self.tokens = math.ceil(floors.token_count(size, frames) / args.sp)  # of a clip, on one GPU
@@ -159,151 +154,6 @@ def clips_per_group(script, args, gpus):
     return args.batch_size // groups * (2 if pairs else 1)
 
 
-# ------------------------------------------------------------------------------ memory of a run
-
-def memory(run):
-    """Memory of a Run, in bytes per GPU: ({moment: {part: bytes}}, {part: bytes in CPU memory}, total of the
-    worst moment)."""
-    lasting, cpu = lasting_memory(run)
-    forwards = run.gradient_steps
-    with_reward = run.script == "prfl" and "reward" in run.args.phases
-    if with_reward and run.args.rollout_guidance != 1:
-        forwards *= 2  # with the prompt and with the negative prompt
-    inputs, pinned = kept_inputs(run, run.dit, forwards)
-
-    moments = {"backward": {
-        "gathered weights": gathered_block(run, run.weights) + run.itemsize * run.weights.rest
-                            + reduced_gradients(run),
-        "block inputs": inputs,
-        "a block's backward": backward_memory(run, run.dit)}}
-    if with_reward:
-        of_judge, pinned_by_judge = kept_inputs(run, run.judge.dit)
-        pinned += pinned_by_judge
-        moments["reward's backward"] = reward_moment(run, inputs + of_judge)
-        moments["rollout"] = rollout_moment(run)
-
-    if pinned:
-        cpu["block inputs, pinned"] = pinned
-    for moment, parts in moments.items():
-        parts = {**lasting, **parts, "other": other_memory(run)}
-        moments[moment] = {part: value for part, value in parts.items() if value}
-    return moments, cpu, max(sum(parts.values()) for parts in moments.values())
-
-
-def lasting_memory(run):
-    """What is there all the time: ({part: bytes on the GPU}, {part: bytes in CPU memory})."""
-    args, weights, judging, shards, c = run.args, run.weights, run.judging, run.shards, run.itemsize
-    # The frozen float32 weights, few of them, are the time embedding's and the heads'.
-    sharded = {"trained weights, float32": 4 * weights.trained / shards,
-               "frozen weights": (c * weights.frozen + 4 * weights.frozen32) / shards,
-               "reward model": 0,
-               "gradients": 4 * weights.trained / shards,
-               "optimizer": 8 * weights.trained / shards}
-    if run.judge:
-        sharded["reward model"] = (c * judging.frozen + 4 * judging.frozen32) / shards
-    if run.script == "prfl" and args.kl_weight and not args.lora_rank:
-        sharded["weights as they were"] = c * (weights.trained + weights.frozen) / shards
-    average = {"average (EMA)": 4 * weights.trained / shards if args.ema else 0}
-
-    gpu, cpu = {}, {}
-    for flag, parts in (("weights", sharded), ("ema", average)):
-        place = cpu if flag in args.offload else gpu
-        place.update({part: value for part, value in parts.items() if value})
-    return gpu, cpu
-
-
-def block_options(run):
-    return dict(clips=run.clips, itemsize=run.itemsize, bf16_residual=run.args.bf16_residual, sp=run.args.sp)
-
-
-def kept_inputs(run, dit, forwards=1):
-    """What `forwards` forwards of a transformer keep until backward begins: (bytes on the GPU, in CPU
-    memory)."""
-    args, number = run.args, len(dit.blocks) * forwards
-    block_input = run.residual_itemsize * run.stream
-    if not args.activation_checkpointing:
-        options = block_options(run)
-        saved = sum(block_memory(block, run.config, run.tokens, **options)[0] for block in dit.blocks)
-        return forwards * saved + number * block_input, 0
-
-    attention = 0
-    if args.save_attention:  # results and log-sums, of self- and cross-attention
-        heads = run.config.num_heads
-        attention = 2 * number * (run.itemsize * run.stream + 4 * run.clips * run.tokens * heads)
-    if "inputs" in args.offload:  # one in use, one on its way; pinned memory comes in powers of two
-        return 2 * block_input + attention, number * 2 ** math.ceil(math.log2(block_input))
-    # The first block's input is in the compute dtype.
-    narrower = forwards * (run.residual_itemsize - run.itemsize) * run.stream
-    return number * block_input - narrower + attention, 0
-
-
-def backward_memory(run, dit):
-    """Bytes of one block's backward: with checkpointing, its second forward's too."""
-    block = max(dit.blocks, key=lambda block: block.modulation.requires_grad)
-    saved, working = block_memory(block, run.config, run.tokens, **block_options(run))
-    return saved + working if run.args.activation_checkpointing else working
-
-
-def gathered_block(run, weights):
-    """Bytes of the block weights that are gathered at once.
-
-    FSDP gathers blocks ahead, in the compute dtype. A process that has all weights only makes a copy of its
-    own, and one more if they come from the CPU.
-    """
-    if run.shards > 1:
-        ahead = 3
-    else:
-        ahead = 2 if "weights" in run.args.offload else 1
-    return ahead * run.itemsize * weights.block
-
-
-def reduced_gradients(run):
-    """Bytes of gradients on their way to their ranks: one block's in the compute dtype, two blocks' in
-    float32."""
-    blocks = 2 if run.shards > 1 else 1
-    return (run.itemsize + 4 * blocks) * run.weights.block_trained
-
-
-def gathers(run):
-    """Whether the policy's weights stay gathered during a rollout: the rule of parallel.gathers."""
-    if run.args.offload or run.shards == 1:
-        return False
-    return run.itemsize * run.weights.all < GPUS[run.gpu]["memory"] * 1e9 / 4
-
-
-def reward_moment(run, inputs):
-    """The parts of memory during the reward's backward. `inputs`: kept for both models' blocks."""
-    c, dit = run.itemsize, run.dit
-    if "inputs" in run.args.offload:  # both models use the same buffers on the GPU
-        inputs -= 2 * run.residual_itemsize * run.stream
-    # What the generator's head saved waits until the reward's backward is done. The reward's pool holds a
-    # float32 copy of the tokens and its gradient: less than the block after it.
-    head = 4 + 2 * run.args.bf16_residual
-    if dit.head.modulation.requires_grad:
-        head += 8
-    return {"gathered weights": gathered_block(run, run.judging) + c * (run.weights.rest + run.judging.rest),
-            "block inputs": inputs,
-            "a block's backward": backward_memory(run, run.judge.dit),
-            "generator's head": head * run.stream}
-
-
-def rollout_moment(run):
-    """The parts of memory during the rollout, without gradient."""
-    c, weights = run.itemsize, run.weights
-    blocks = c * weights.blocks if gathers(run) else gathered_block(run, weights)
-    forward = forward_memory(run.config, run.tokens, run.clips, c) + run.residual_itemsize * run.stream
-    return {"gathered weights": blocks + c * weights.rest, "a block's forward": forward}
-
-
-def other_memory(run):
-    """Bytes of the VAE that decodes samples, latents and text."""
-    config = run.config
-    vae = 4 * vae_weights() if run.sampling else 0
-    latents = 10 * 4 * run.clips * math.prod(floors.latent_shape(run.size, run.frames))
-    text = run.clips * config.text_len * (config.text_dim + config.dim) * run.itemsize
-    return vae + latents + text
-
-
 # ------------------------------------------------------------------------------ what fits where
 
 def fits():
@@ -323,7 +173,7 @@ def smallest(dit, rank, size, gpu, frames=81):
     """A cell of that table: the smallest number of GPUs, the flags that this number needs besides
     --activation_checkpointing, and the GB per GPU. Then, if that is less, the smallest number with the
     weights offloaded as well."""
-    gpus, text = first_that_fits(dit, rank, size, gpu, frames, [[], ["inputs"]])
+    gpus, text = first_that_fits(dit, rank, size, gpu, frames, [[], ["inputs", "reward"]])
     fewer, offloaded = first_that_fits(dit, rank, size, gpu, frames, [["inputs", "weights"]])
     cells = []
     if gpus:

@@ -120,7 +120,7 @@ def test_the_flags_of_the_script_for_a_gpu_exist():
     done = subprocess.run(["bash", "-c", script], check=True, capture_output=True, text=True,
                           env={**os.environ, "OUTPUT": "/dev/null", "SMALL": ""})
     commands = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("bench ")]
-    assert len(commands) == 9
+    assert len(commands) == 10
     for words in commands:
         bench.parse_args(words)
 
