@@ -22,6 +22,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 import torch.distributed as dist
 
 import files
+import watch
 from files import InputError
 
 
@@ -232,19 +233,21 @@ def run(main):
     failed = 1
     try:
         code = main()
+        watch.stop()
     except (InputError, OSError) as error:
         message, failed = str(error), 2 if isinstance(error, FlagError) else 1
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        message = ("another process has ended or hangs, and this one has stopped waiting; "
-                   "look for its message, then --resume")
+        message = watch.GONE
     except KeyboardInterrupt:
         os._exit(128 + signal.SIGINT)
     else:
         if dist.is_initialized():
             dist.destroy_process_group()
         sys.exit(code)
+    finally:
+        watch.leaving.set()  # what went wrong here is what a user has to see
     if int(os.environ.get("RANK", 0)):
         # Usually all ranks fail the same way and rank 0 prints it first. If this rank alone failed, it prints
         # after three seconds; torchrun's SIGTERM may end it before.

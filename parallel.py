@@ -27,6 +27,7 @@ from torch.distributed.fsdp import (
 import gpu
 import memory
 import sequence
+import watch
 from files import InputError
 
 # ------------------------------------------------------------------------------ processes
@@ -38,11 +39,10 @@ def start(sp=1, minutes=24 * 60.0, deterministic=False):
     """
     device = gpu.start(deterministic)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(backend, timeout=timedelta(minutes=minutes), **alone)
     dist.distributed_c10d.default_pg_timeout = timedelta(minutes=minutes)  # for later groups, FSDP2's too
+    watch.start()
     gpu.check_own(device)
 
     ranks = dist.get_world_size()

@@ -42,7 +42,7 @@ HAS_CUDA = torch.cuda.is_available()
 DRIVER = """
 import importlib, json, os, sys
 import torch.distributed as dist
-import records, train_pavrm, train_prfl
+import records, train_pavrm, train_prfl, watch
 
 ranks = int(sys.argv[1])
 children = []
@@ -60,6 +60,7 @@ save = records.Checkpoints.save
 for name, flags, resumed in json.load(open("jobs.json")):
     records.Checkpoints.save = save if resumed else lambda *_: None
     importlib.import_module(name).main(flags)
+watch.stop()
 """
 
 
