@@ -1,6 +1,6 @@
 # make demo      PAVRM, then PRFL, then samples before and after, on the tiny world
 # make test      the test suite
-# make test-all  the same and what takes minutes: every mesh of processes, twenty kills
+# make test-all  the same and what takes minutes: every mesh of processes, the compiler, 20 kills
 # make lint      ruff
 # make paper     the paper's comparisons on the tiny world, an hour
 # All set up a virtual environment in .venv first.
