@@ -185,16 +185,16 @@ def add_execution(parser):
     add("--dp_replicate", type=whole(1, 100_000), default=1,
         help="copies of the weights, each sharded over an equal part of the processes; 1 needs least memory")
     add("--compile", action=argparse.BooleanOptionalAction,
-        help="compile the transformer blocks: faster, less memory (default: on a GPU)")
+        help="compile the transformer blocks: faster, less memory (default: only on a GPU)")
     add("--activation_checkpointing", action="store_true",
         help="keep only the blocks' inputs for backward and compute the rest again: a third slower, and "
              "needed for large models")
     add("--save_attention", action="store_true",
         help="with --activation_checkpointing: keep the results of attention too")
     add("--offload", nargs="+", default=[], choices=["inputs", "reward", "weights", "ema"],
-        help="what is kept in CPU memory: the blocks' inputs (with --activation_checkpointing); the weights "
-             "of models that are not trained, such as the reward model; all weights, gradients and optimizer "
-             "state; the moving average")
+        help="what is kept in CPU memory. inputs: those of checkpointed blocks; reward: the weights of "
+             "models that are not trained; weights: all, with gradients and optimizer state; ema: the moving "
+             "average")
     add("--compute_dtype", choices=["float32", "bf16"],
         help="precision of matrix products, attention and frozen weights (default: bf16 on a GPU, float32 on "
              "a CPU)")
@@ -202,8 +202,8 @@ def add_execution(parser):
         help="round the residual stream to bf16 between blocks, which halves the memory of the blocks' "
              "inputs; the official code keeps it in float32")
     add("--deterministic", action="store_true",
-        help="make runs on the same GPUs equal to the last bit, as runs on a CPU always are; slower, for "
-             "flash attention replaces cuDNN's and adds gradients in a fixed order")
+        help="make runs on the same GPUs equal to the last bit, as runs on a CPU always are; slower, "
+             "because flash attention replaces cuDNN's and adds gradients in a fixed order")
     add("--timeout", type=Number(0.001, 10**6), default=10,
         help="minutes that a process waits for the others")
 

@@ -18,7 +18,7 @@ def start(deterministic=False):
     """Choose this process's GPU and the order of its attention kernels. Returns the device, or the CPU.
 
     Every script that runs a transformer calls it, or parallel.start, which does. `deterministic` comes from
-    the flag; it must be known before the first process group, for NCCL looks at it too.
+    the flag; it must be known before the first process group, since NCCL reads it too.
     """
     global _attention
     if not torch.cuda.is_available():

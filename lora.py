@@ -28,8 +28,8 @@ class LoRALinear(nn.Linear):
     def forward(self, x):
         out = super().forward(x)
         if self.adapter_on:
-            few = self.scale * self.lora_A(x.to(self.lora_A.weight.dtype))  # (..., rank)
-            out = out + self.lora_B(few).to(out.dtype)
+            inner = self.scale * self.lora_A(x.to(self.lora_A.weight.dtype))  # (..., rank)
+            out = out + self.lora_B(inner).to(out.dtype)
         return out
 
     def merged(self, weight):

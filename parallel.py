@@ -137,7 +137,7 @@ def shard(model, dit, heads, device, args):
 
     if memory.compiles(args, device):
         memory.check_compiler(device)
-        torch._dynamo.config.recompile_limit = 64
+        torch._dynamo.config.recompile_limit = 256
         for block in dit.blocks:
             memory.compile_block(block, args.save_attention)
     # FSDP2 warns about outputs that are views: an in-place write would lose its gradient. There is none here.
@@ -158,9 +158,10 @@ def offloads(model, args):
 def gathers(args, model, device):
     """Whether a model's weights stay gathered during a rollout: faster, where memory is plentiful.
 
-    True if nothing is offloaded and all weights take less than a quarter of the GPU's memory.
+    True if they take less than a quarter of the GPU's memory, and neither weights nor inputs are offloaded.
     """
-    if args.offload or dist.get_world_size() == args.dp_replicate:  # then each rank has all weights anyway
+    has_all = dist.get_world_size() == args.dp_replicate  # each rank has all weights anyway
+    if has_all or {"inputs", "weights"} & set(args.offload):
         return False
     if device.type != "cuda":
         return True

@@ -122,10 +122,18 @@ def test_blocks_are_compiled_on_cuda():
         assert (memory.compiles(args, CPU), memory.compiles(args, cuda)) == (here, there)
 
 
-def test_a_missing_compiler(monkeypatch):
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(InputError, match="need a C.. compiler, such as g..; install it, or give"):
-        memory.check_compiler(CPU)
-    monkeypatch.setattr(memory.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match="need Triton; install it"):
-        memory.check_compiler(torch.device("cuda"))
+@pytest.mark.parametrize("kind, present, missing", [
+    ("cpu", [], r"a C\+\+ compiler"),
+    ("cpu", ["gcc", "clang"], r"a C\+\+ compiler"),
+    ("cpu", ["g++"], "Python's headers"),
+    ("cuda", ["gcc"], "Triton"),
+    ("cuda", ["triton"], "a C compiler"),
+    ("cuda", ["triton", "clang"], "Python's headers")])
+def test_a_missing_compiler(monkeypatch, kind, present, missing):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name: name if name in present else None)
+    monkeypatch.setattr(memory.importlib.util, "find_spec", lambda name: name in present)
+    monkeypatch.setattr(memory.sysconfig, "get_path", lambda name: "nowhere")
+    with pytest.raises(InputError, match=f"blocks need {missing}.*; install it, or give --no-compile"):
+        memory.check_compiler(torch.device(kind))

@@ -237,6 +237,9 @@ def main(argv=None):
     if args.lora_rank and args.train_blocks is not None:
         raise InputError("--train_blocks and --lora_rank exclude each other: adapters train beside all "
                          "blocks; give one of them")
+    if "reward" in args.offload:
+        raise InputError("--offload reward is for train_prfl.py; here the reward model trains, so leave it "
+                         "out")
     if args.loss == "bt" and len(args.labels) > 1:
         raise InputError("--loss bt compares the clips of a pair by one label; "
                          "give one with --labels")

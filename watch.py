@@ -1,8 +1,8 @@
-"""Notices that another process has died, even while this one is blocked: a kernel of NCCL waits on for it.
+"""Notices that another process has died, even while this one is blocked: an NCCL kernel goes on waiting.
 
 A thread of each process meets those of all others once a second, over sockets of its own (gloo). When a
 process dies, its sockets close, and the meeting fails everywhere at once. A process that is slow, or loads
-for an hour, only lets the others' threads wait.
+for an hour, only makes the others' threads wait.
 """
 import atexit
 import os
@@ -21,7 +21,7 @@ _thread = None
 
 
 def start():
-    """Watch the other processes from now on. Every rank must call this; again, it does nothing."""
+    """Watch the other processes from now on. Every rank must call this. A second call does nothing."""
     global _thread
     if dist.get_world_size() > 1 and not _thread:
         group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
@@ -38,8 +38,13 @@ def stop():
 
 
 def _end():
-    """After a traceback, there was no `stop`: Python would abort, because the thread is not in Python."""
-    if _thread.is_alive():
+    """The end of a script that cli.run does not end. After a traceback it does not wait for the others.
+
+    Python would abort then, because the thread is inside gloo's C++ code.
+    """
+    if getattr(sys, "last_value", None) is None:
+        stop()
+    elif _thread.is_alive():
         sys.stdout.flush()
         os._exit(1)
 

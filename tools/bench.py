@@ -35,7 +35,7 @@ import torch.distributed as dist
 import parallel
 import records
 from lora import add_lora
-from memory import block_runner
+from memory import block_runner, compiles
 from model import WanModel
 from reward import PAVRM, bce_loss, reward_loss
 from solver import UniPC, guided, walk
@@ -53,15 +53,10 @@ GROUPS = {
 
 # ------------------------------------------------------------------------------ measuring
 
-def measure(function, device, repeats, warmup=None):
-    """{seconds: median, spread: largest - smallest, gigabytes: peak} of `repeats` calls.
-
-    `warmup` calls come first; by default one, or none for a single call.
-    """
+def measure(function, device, repeats, warmup):
+    """{seconds: median, spread: largest - smallest, gigabytes: peak} of some calls, after `warmup` others."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    if warmup is None:
-        warmup = 1 if repeats > 1 else 0
     for _ in range(warmup):
         function()
     seconds = []
@@ -344,7 +339,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("measuring").add_argument
     add("--repeats", type=cli.whole(1), default=5, help="timed calls; their median counts")
     add("--warmup", type=cli.whole(0),
-        help="calls before the timed ones; --compile needs at least 1 (default: 1, or 0 with --repeats 1)")
+        help="calls before the timed ones (default: 1, or 0 with --repeats 1 where blocks are not compiled)")
     add("--profile", action="store_true",
         help="show the shares of matrix products, attention and the rest in one more call")
     cli.add_execution(parser)
@@ -361,6 +356,8 @@ def main(argv=None):
     device = parallel.start(args.sp, args.timeout, args.deterministic)
     name, gpu = device_name(device)
     say = print if dist.get_rank() == 0 else lambda line: None
+    if args.warmup is None:
+        args.warmup = int(args.repeats > 1 or compiles(args, device))
 
     # ---- measure one stage after the other
     results = {}

@@ -1,6 +1,6 @@
 """What one block of the transformer keeps for its backward, and what it needs while it runs, in bytes.
 
-Computed from shapes, line by line of Block.forward. tools/test_plan.py compares it with what autograd keeps.
+Computed from shapes, line by line of Block.forward. test_block_memory.py compares it with what PyTorch keeps.
 """
 from lora import adapters
 from tools.floors import image_tokens
@@ -65,8 +65,8 @@ def compiled_memory(block, config, tokens, clips=1, itemsize=2, sp=1):
     """The same two numbers of a block that memory.compile_block compiled.
 
     The first counts what compile_block names. The second follows the graph of its backward (torch 2.13): most
-    is alive at GELU or, with adapters, at self-attention, when their products are there again: 22.1 times the
-    clip's tokens in the compute dtype.
+    is alive at GELU or, with adapters, at self-attention, once their products have been computed again: 22.1
+    times the clip's tokens in the compute dtype.
     """
     D, F, c, heads = config.dim, config.ffn_dim, itemsize, config.num_heads
     trained = block.modulation.requires_grad

@@ -59,8 +59,7 @@ def lasting_memory(run):
     # What a checkpoint holds is copied to the CPU, where a thread writes it.
     copied = (12 + 4 * bool(args.ema)) * weights.trained / shards
     gpu, cpu = {}, {"copy for a checkpoint": copied}
-    in_cpu = {"weights": sharded, "ema": average}
-    in_cpu["reward"] = [] if "weights" in args.offload else ["reward model", "weights as they were"]
+    in_cpu = {"weights": sharded, "ema": average, "reward": ["reward model", "weights as they were"]}
     away = [part for flag in args.offload for part in in_cpu.get(flag, [])]
     for part, value in {**sharded, **average}.items():
         if value:
@@ -86,9 +85,9 @@ def kept_inputs(run, dit, forwards=1):
         return forwards * saved + number * block_input, 0
 
     attention = 0
-    if args.save_attention:  # results and log-sums, of self- and cross-attention
-        heads = run.config.num_heads
-        attention = 2 * number * (run.itemsize * run.stream + 4 * run.clips * run.tokens * heads)
+    if args.save_attention:  # results and log-sums, of self-attention and one or two cross-attentions
+        result = run.itemsize * run.stream + 4 * run.clips * run.tokens * run.config.num_heads
+        attention = (2 + run.config.use_clip) * number * result
     if "inputs" in args.offload:  # one in use, one on its way
         return 2 * block_input + attention, number * block_input
     return number * block_input + attention, 0
@@ -124,7 +123,7 @@ def reduced_gradients(run):
 
 def gathers(run):
     """Whether the policy's weights stay gathered during a rollout: the rule of parallel.gathers."""
-    if run.args.offload or run.shards == 1:
+    if {"inputs", "weights"} & set(run.args.offload) or run.shards == 1:
         return False
     return run.itemsize * run.weights.all < GPUS[run.gpu]["memory"] * 1e9 / 4
 

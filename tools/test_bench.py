@@ -80,7 +80,7 @@ def test_steps_do_the_work_that_they_stand_for(run, monkeypatch):
 
 def test_calls_of_a_measurement():
     calls = []
-    for repeats, warmup, expected in [(1, None, 1), (3, None, 4), (3, 2, 5), (1, 1, 2)]:
+    for repeats, warmup, expected in [(1, 0, 1), (3, 1, 4), (3, 2, 5), (1, 1, 2)]:
         calls.clear()
         row = bench.measure(lambda: calls.append(None), torch.device("cpu"), repeats, warmup)
         assert len(calls) == expected and set(row) == {"seconds", "spread", "gigabytes"}

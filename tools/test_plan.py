@@ -1,4 +1,4 @@
-"""The plan's formulas give known figures, and what PyTorch itself keeps; the commands answer."""
+"""The plan's formulas give known figures; the commands answer."""
 import json
 
 import pytest
