@@ -148,8 +148,16 @@ def add_noise_levels(group):
              "or from a list of timesteps")
 
 
+def add_merged(group):
+    """The flag that merges LoRA files into a model."""
+    group.add_argument("--lora", nargs="+", default=[], metavar="FILE[=STRENGTH]",
+                       help="LoRA files, of whatever program, that are merged into the transformer as it is "
+                            "loaded; without a strength: 1")
+
+
 def add_lora(group):
     """Flags about adapters."""
+    add_merged(group)
     add = group.add_argument
     add("--lora_rank", type=whole(0, 10_000), default=0,
         help="rank of LoRA adapters, which train beside frozen weights; 0 trains the weights; published: 128")

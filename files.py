@@ -179,10 +179,7 @@ def weight_files(path):
 
 
 def read_weights(path):
-    """Yield (name, shape, read) for every tensor at `path`.
-
-    `read()` returns the tensor from the file, `read(rows)` only a slice of its first axis.
-    """
+    """Yield (name, shape, read) for every tensor at `path`; `read(rows)` reads a slice of its first axis."""
     for file in weight_files(path):
         yield from read_safetensors(file) if file.suffix == ".safetensors" else _read_pth(file)
 
@@ -213,10 +210,7 @@ def _read_pth(file):
         raise InputError(f"{file} is damaged or holds more than tensors and was not loaded "
                          f"({type(error).__name__}: {reason}); use the official file") from None
     for name, shape in shapes.items():
-        def read(rows=None, name=name):
-            return state[name] if rows is None else state[name][rows]
-
-        yield name, shape, read
+        yield name, shape, lambda rows=None, name=name: state[name] if rows is None else state[name][rows]
 
 
 def weight_shapes(path):
@@ -231,7 +225,7 @@ def weight_shapes(path):
 
 
 @torch.no_grad()
-def load_weights(module, path, prefix="", ignore=(), device=None):
+def load_weights(module, path, prefix="", ignore=(), device=None, merge=None):
     """Fill `module` in place from the weights at `path`. All names and shapes must match, else InputError.
 
     prefix: only names with this prefix are read, and the prefix is stripped (CLIP's file holds two towers).
@@ -239,6 +233,7 @@ def load_weights(module, path, prefix="", ignore=(), device=None):
     head). device: where a module on the meta device gets its memory, after names and shapes have been found
     to match. The adapters of LoRA are not part of a checkpoint and keep their values. Parameters that
     `fully_shard` has turned into DTensors read only this rank's part. Memory: the module and one tensor.
+    merge: {name: function}; function(tensor, rows) replaces what was read, rows or all (lora_files.merging).
     """
     def wanted(name):
         return name.startswith(prefix) and not name.removeprefix(prefix).startswith(tuple(ignore))
@@ -259,20 +254,23 @@ def load_weights(module, path, prefix="", ignore=(), device=None):
     for file in weight_files(path):
         for name, _, read in read_weights(file):
             if wanted(name):
-                _load_tensor(ours[name.removeprefix(prefix)], read, f"{file}: {name}")
+                own = name.removeprefix(prefix)
+                _load_tensor(ours[own], read, f"{file}: {name}", (merge or {}).get(own))
     return module
 
 
-def _load_tensor(tensor, read, where):
+def _load_tensor(tensor, read, where, merge=None):
     """Read one tensor into its place, or this rank's part of it. InputError unless its values are numbers.
 
     The values are looked at once where they have arrived: a pass over 28 GB of a bf16 14B model's weights, or
     57 GB in float32, beside reading the same bytes from the disk. One core does 10 GB a second, a GPU 2,000.
     """
     rows = own_rows(tensor)
-    values = read() if rows is None else read(rows)
+    values = read(rows)
     if not values.is_floating_point():
         raise InputError(f"{where} is {values.dtype}, expected floating-point numbers; use the official file")
+    if merge:
+        values = merge(values, rows)
     if rows is None:
         fill(tensor, values)
     else:

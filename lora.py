@@ -3,13 +3,29 @@
 W x + b becomes W x + b + (alpha / rank) B A x. W stays as it was loaded. A and B are stored in float32 and
 compute in the layer's dtype. In saved models the update is merged into W, so they load wherever the official
 ones do. The adapter is also saved by itself.
+
+    python lora.py --merge Wan2.1-T2V-14B style.safetensors motion.safetensors=0.6 --output merged
 """
 from contextlib import contextmanager
+from functools import reduce
+from pathlib import Path
+
+import cli
 
 import torch
 from torch import nn
 
-from files import InputError, fill, full_tensor, is_main, write_safetensors
+from files import (
+    InputError,
+    fill,
+    full_tensor,
+    is_main,
+    read_json,
+    read_weights,
+    save_weights,
+    write_safetensors,
+)
+from lora_files import merging, read_lora
 
 
 class LoRALinear(nn.Linear):
@@ -56,16 +72,43 @@ def adapters(module):
     return {name: layer for name, layer in module.named_modules() if isinstance(layer, LoRALinear)}
 
 
-def start_lora(module, seed):
-    """Set the initial values, the same on all ranks.
+def read_adapter(module, path):
+    """{weight: Change} of the LoRA file at `path`, whose values the adapters of `module` are to start with.
 
-    A starts as torch initialises a linear layer, B at zero, so that the model does not change yet.
+    Raises InputError unless it has the rank and the layers of the adapters, and nothing else.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in official_state(module).items()}
+    changes = read_lora(path, shapes)
+    for name, change in changes.items():
+        if change.diff:
+            raise InputError(f"{path} has a whole difference of {name}, with which no adapter can start; "
+                             f"merge the file with --lora")
+    expected = {f"{name}.weight": layer.lora_A.out_features for name, layer in adapters(module).items()}
+    found = {name: change.rank for name, change in changes.items()}
+    for name in sorted(expected | found):
+        ours, theirs = expected.get(name, 0), found.get(name, 0)
+        if ours != theirs:
+            raise InputError(f"{path} has rank {theirs} at {name}, and the adapters have rank {ours}; choose "
+                             f"--lora_rank and --lora_targets as the file has them")
+    return changes
+
+
+def start_lora(module, seed, changes=None):
+    """Set the initial values, the same on all ranks: those of a file (`read_adapter`), or new ones.
+
+    A new A starts as torch initialises a linear layer, B at zero, so that the model does not change yet.
     """
     generator = torch.Generator().manual_seed(seed)
-    for layer in adapters(module).values():
+    for name, layer in adapters(module).items():
         rank, width = layer.lora_A.weight.shape
-        fill(layer.lora_A.weight, (2 * torch.rand(rank, width, generator=generator) - 1) / width ** 0.5)
-        fill(layer.lora_B.weight, torch.zeros(layer.lora_B.weight.shape))
+        a = (2 * torch.rand(rank, width, generator=generator) - 1) / width ** 0.5
+        b = torch.zeros(layer.lora_B.weight.shape)
+        if changes:
+            change = changes[f"{name}.weight"]
+            a = change.a().view_as(a)
+            b = change.b().float().view_as(b) * (change.scale / layer.scale)
+        fill(layer.lora_A.weight, a)
+        fill(layer.lora_B.weight, b)
 
 
 @contextmanager
@@ -104,3 +147,29 @@ def save_adapter(module, path):
             tensors[f"diffusion_model.{name}.{part}.weight"] = (scale * tensor).cpu()
     if is_main():
         write_safetensors(path, tensors, {"format": "pt"})
+
+
+# ------------------------------------------------------------------------------ the command
+
+def main(argv=None):
+    parser = cli.Parser("Merge LoRA files, of whatever program, into a model.")
+    parser.add_argument("--merge", nargs="+", required=True, metavar=("BASE", "FILE[=STRENGTH]"),
+                        help="official directory of a transformer, then LoRA files; without a strength: 1")
+    parser.add_argument("--output", required=True, metavar="DIR",
+                        help="directory to write, in the layout and precision of BASE")
+    args = parser.parse_args(argv)
+    base, *texts = args.merge
+    if not texts:
+        raise InputError(f"--merge {base} names no LoRA file; give at least one after the model")
+    if Path(args.output).exists():
+        raise InputError(f"--output {args.output} is there already; choose another place")
+    config = read_json(Path(base, "config.json"), dict)
+    merge = merging(texts, base)
+    state = {name: read() for name, _, read in read_weights(base)}  # mapped from the disk, not in memory
+    dtype = reduce(torch.promote_types, [tensor.dtype for tensor in state.values()])
+    save_weights(args.output, state, config, dtype=dtype, merge=merge)
+    print(f"{args.output}: {base} with {len(merge)} of {len(state)} weights changed")
+
+
+if __name__ == "__main__":
+    cli.run(main)

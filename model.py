@@ -260,9 +260,12 @@ class WanModel(nn.Module):
             return cls(config)
 
     @classmethod
-    def from_pretrained(cls, directory, dtype=torch.float32, device="cpu"):
-        """Load an official model directory, sharded or not. InputError names tensors that do not fit."""
-        return load_weights(cls.on_meta(directory).to(dtype), directory, device=device)
+    def from_pretrained(cls, directory, dtype=torch.float32, device="cpu", merge=None):
+        """Load an official model directory, sharded or not. InputError names tensors that do not fit.
+
+        merge: functions of weights (lora_files.merging).
+        """
+        return load_weights(cls.on_meta(directory).to(dtype), directory, device=device, merge=merge)
 
     def save_pretrained(self, directory, dtype=None):
         """Write an official model directory, with adapters merged. Under torchrun, every rank calls it."""

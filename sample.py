@@ -32,6 +32,7 @@ from encode import Encoder
 from evaluation import process_logits
 from files import InputError, atomic_write, check_form, is_finite, read_json, write_json
 from forms import KIND, SAMPLING
+from lora_files import merging
 from model import WanModel
 from reward import PAVRM, REWARD_TIMESTEPS, check_fit
 from solver import SOLVERS, guided, timestep, walk
@@ -52,6 +53,7 @@ def parse_args(argv=None):
     group.add_argument("--transformer", metavar="DIR",
                        help="directory of another transformer of the same kind, such as a trained one "
                             "(default: the transformer in --model)")
+    cli.add_merged(group)
 
     group = parser.add_argument_group("prompts and images")
     prompts = group.add_mutually_exclusive_group()
@@ -217,8 +219,8 @@ def jobs_of(args):
 
 def jobs_in(args):
     """`jobs_of` a directory: one video per prompt and seed, each with an entry in clips.json."""
-    names = ("model", "transformer", "negative_prompt", "image", "last_image", "solver", "solver_steps",
-             "shift", "guidance", "size", "frames", "fps")
+    names = ("model", "transformer", "lora", "negative_prompt", "image", "last_image", "solver",
+             "solver_steps", "shift", "guidance", "size", "frames", "fps")
     settings = {name: getattr(args, name) for name in names}
     settings["size"] = list(args.size)  # as JSON returns it
     entries, ids = listed(args.output)
@@ -234,6 +236,7 @@ def jobs_in(args):
         if path.stem in existing:
             before = existing[path.stem].get("made_with") or made_with
             check_form(before, dict, f"{args.output}/clips.json: made_with of {path.stem}")
+            before = {"lora": [], **before}  # older entries do not have it
             if before != made_with:
                 differing = [name for name in made_with if made_with[name] != before.get(name)]
                 raise InputError(f"{path} was made with other {' and '.join(differing)}; "
@@ -320,6 +323,7 @@ def main(argv=None):
     jobs = jobs_of(args)
     transformer = args.transformer or args.model
     WanModel.on_meta(transformer)
+    merge = merging(args.lora, transformer)
     if args.best_of:
         pavrm = PAVRM.on_meta(args.reward)
         check_fit(pavrm, WanModel.on_meta(transformer), args.reward, transformer)
@@ -348,7 +352,7 @@ def main(argv=None):
             del encoder.image_encoder
 
     # ---- models
-    model = WanModel.from_pretrained(transformer, dtype, device).eval()
+    model = WanModel.from_pretrained(transformer, dtype, device, merge).eval()
     shape = (1, 16, (args.frames - 1) // 4 + 1, height // 8, width // 8)
     pavrm = None
     if args.best_of:

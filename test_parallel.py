@@ -25,6 +25,7 @@ from testdata.helpers import (
     fill_vae,
     flags_of,
     flat,
+    lora_pairs,
     numbers,
     read_log,
     run,
@@ -32,6 +33,7 @@ from testdata.helpers import (
     watched,
     weights_of,
     write_index,
+    write_lora,
 )
 from video import read_video
 
@@ -88,7 +90,11 @@ def test_one_process_or_two_with_options_of_every_kind(several_labels):
     write_index(several_labels)
     pairs = ["--loss", "bt", "--timesteps", "200", "500", "--num_queries", "2", "--eval_timesteps", "201"]
     labels = [*SEVERAL, "--accumulation", "2", "--ema", "0.5"]
-    adapters = ["--lora_rank", "3", "--ema", "0.5", "--kl_weight", "0.5", "--phases", "rwr", "reward",
+    write_lora("style.safetensors", lora_pairs(["blocks.0.self_attn.q", "blocks.2.ffn.2", "head.head"]))
+    write_lora("start.safetensors", lora_pairs(f"blocks.{i}.{part}_attn.{name}" for i in range(3)
+                                               for part in ("self", "cross") for name in "qkvo"))
+    adapters = ["--lora", "style.safetensors=0.5", "--lora_from", "start.safetensors",
+                "--lora_rank", "3", "--ema", "0.5", "--kl_weight", "0.5", "--phases", "rwr", "reward",
                 "--accumulation", "1", "--gradient_steps", "2", "--rollout_guidance", "2",
                 "--solver_steps", "4", "--activation_checkpointing",
                 "--samples", "1", "--sample_every", "3", "--sample_guidance", "1"]

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import gpu
 import label
+import lora
 import parallel
 import sample
 from annotations import list_faults, read_list, video_faults
@@ -28,7 +29,7 @@ from reward import PAVRM
 from solver import UniPC
 from t5 import T5_FILE, UMT5Encoder
 from testdata.golden import fill_
-from testdata.helpers import ROOT
+from testdata.helpers import ROOT, lora_pairs, write_lora
 from vae import VAE_FILE, WanVAE
 from video import read_image, read_video, to_uint8, write_video
 
@@ -200,6 +201,16 @@ def test_another_transformer_is_used_with_the_models_encoders(models, tmp_path, 
     run(models["t2v"], tmp_path / "c.mp4", "--transformer", models["t2v"])
     base, other, same = seen.latents
     assert torch.equal(base, same) and not torch.allclose(base, other, atol=0.1)
+
+
+def test_a_lora_is_sampled_with_as_if_it_had_been_merged(models, tmp_path, seen):
+    path = write_lora(tmp_path / "a.safetensors", lora_pairs(["blocks.0.ffn.0", "head.head"], models["t2v"]))
+    lora.main(["--merge", str(models["t2v"]), f"{path}=2", "--output", str(tmp_path / "merged")])
+    run(models["t2v"], tmp_path / "a.mp4", "--lora", f"{path}=2")
+    run(models["t2v"], tmp_path / "b.mp4", "--transformer", tmp_path / "merged")
+    run(models["t2v"], tmp_path / "c.mp4", "--lora", path)
+    beside, on, weaker = seen.latents
+    assert torch.equal(beside, on) and not torch.allclose(beside, weaker, atol=1e-3)
 
 
 @pytest.mark.parametrize("solver", ["dpm++", "euler"])
@@ -486,6 +497,9 @@ def test_a_directory_of_clips_to_label(models, tmp_path, seen, monkeypatch, caps
     with label.Server(folder / "clips.json", port=0) as server:
         assert len(server.clips()) == 4
 
+    listed = json.loads((folder / "clips.json").read_text())
+    del listed[0]["made_with"]["lora"]  # as it was before there was --lora
+    (folder / "clips.json").write_text(json.dumps(listed))
     content = (folder / "clips.json").read_bytes()
     capsys.readouterr()
     run(*flags)
@@ -493,6 +507,8 @@ def test_a_directory_of_clips_to_label(models, tmp_path, seen, monkeypatch, caps
     message = "0-5.mp4 was made with other solver_steps and guidance; choose another --output or --seed"
     with pytest.raises(InputError, match=message):
         run(*flags, "--solver_steps", 2, "--guidance", 1)
+    with pytest.raises(InputError, match="0-5.mp4 was made with other lora; choose"):
+        run(*flags, "--lora", "a.safetensors")
     file.write_text("one ball\nthe cat sat")
     with pytest.raises(InputError, match="0-5.mp4 was made with other prompt"):
         run(*flags)

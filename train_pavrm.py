@@ -37,6 +37,7 @@ from ema import EMA
 from evaluation import EVALUATION_TIMESTEPS, measure, score_clips, table
 from files import InputError, is_main, load_weights, write_json
 from lora import add_lora, start_lora
+from lora_files import merging
 from memory import block_runner
 from model import WanModel
 from reward import PAVRM, bce_loss, bradley_terry_loss
@@ -206,7 +207,8 @@ def load_pavrm(pavrm, layers, args, device):
     dit = pavrm.dit
     parallel.shard(pavrm, dit, pavrm.heads, device, args)
     ignore = ["head.", *(f"blocks.{i}." for i in range(len(dit.blocks), layers))]
-    load_weights(dit, args.model, ignore=ignore, device="cpu" if parallel.offloads(pavrm, args) else device)
+    load_weights(dit, args.model, ignore=ignore, device="cpu" if parallel.offloads(pavrm, args) else device,
+                 merge=merging(args.lora, args.model))
     start_lora(dit, args.seed)
     dit.run_block = block_runner(args, device)
 

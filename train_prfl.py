@@ -40,7 +40,8 @@ import records
 from clips import LABELS, Clips, Order, choose_caption, collate, label_of, prefetch
 from ema import EMA
 from files import InputError, check_file, load_weights
-from lora import add_lora, save_adapter, start_lora, without_adapters
+from lora import add_lora, read_adapter, save_adapter, start_lora, without_adapters
+from lora_files import merging
 from memory import block_runner
 from model import WanModel
 from reward import PAVRM, ProcessReward, check_fit
@@ -65,7 +66,10 @@ def parse_args(argv=None):
     add("--val", help="index of held-out clips, whose prompts are sampled during training (default: --data)")
     add("--output", default="outputs/prfl", help="directory of the run: model, checkpoints, samples, log")
     cli.add_captions(group, long_caption=0.7, drop_prompt=0.1)
-    cli.add_lora(parser.add_argument_group("adapters"))
+    group = parser.add_argument_group("adapters")
+    cli.add_lora(group)
+    group.add_argument("--lora_from", metavar="FILE",
+                       help="LoRA file with which the adapters start; its rank and layers must be theirs")
 
     group = parser.add_argument_group("method")
     cli.add_noise_levels(group)
@@ -217,13 +221,13 @@ class Batches:
 
 # ------------------------------------------------------------------------------ models
 
-def load(model, dit, heads, directory, run_block, device, args):
+def load(model, dit, heads, directory, run_block, device, args, merge=None):
     """Shard a model that has no weights yet over all processes, and read each process's part of the weights.
 
-    `dit` is its transformer, `heads` the modules at its end.
+    `dit` is its transformer, `heads` the modules at its end, `merge` what LoRA files change in the weights.
     """
     parallel.shard(model, dit, heads, device, args)
-    load_weights(model, directory, device="cpu" if parallel.offloads(model, args) else device)
+    load_weights(model, directory, device="cpu" if parallel.offloads(model, args) else device, merge=merge)
     dit.run_block = run_block
 
 
@@ -294,6 +298,7 @@ def main(argv=None):
 
     # ---- models without weights, to refuse what does not fit before anything large is loaded
     policy = WanModel.on_meta(args.model)
+    merge = merging(args.lora, args.model)
     collate([clips.load(0)], policy.config, "cpu")  # refuses clips that the model cannot take
     reward, vae = None, None
     if args.phases != ["sft"] or (sample_every and args.reward != "none"):
@@ -307,12 +312,13 @@ def main(argv=None):
     run_block = block_runner(args, device)  # one for all models: they share the buffers of offloaded inputs
     if args.lora_rank:
         add_lora(policy, args.lora_rank, args.lora_alpha or args.lora_rank, args.lora_targets)
-    load(policy, policy, [policy.head], args.model, run_block, device, args)
-    start_lora(policy, args.seed)
+    started = read_adapter(policy, args.lora_from) if args.lora_from else {}
+    load(policy, policy, [policy.head], args.model, run_block, device, args, merge)
+    start_lora(policy, args.seed, started)
     frozen = policy  # for --kl_weight: the policy with its adapters off, or a copy
     if args.kl_weight and not args.lora_rank and "reward" in args.phases:
         frozen = WanModel.on_meta(args.model).requires_grad_(False)
-        load(frozen, frozen, [frozen.head], args.model, run_block, device, args)
+        load(frozen, frozen, [frozen.head], args.model, run_block, device, args, merge)
     if reward and not args.reward.endswith(".py"):
         load(reward.pavrm, reward.pavrm.dit, reward.pavrm.heads, args.reward, run_block, device, args)
 

@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import parallel
 from clips import Order
+from files import weight_shapes
 from model import WanConfig, WanModel
 from reward import PAVRM
 from testdata.golden import draw, fill_
@@ -50,6 +51,26 @@ def fill_vae(directory):
     vae = WanVAE(dim=4)
     fill_(vae.state_dict(), 0)
     torch.save(vae.state_dict(), Path(directory, VAE_FILE))
+
+
+def lora_pairs(layers, directory="model", rank=3, seed=0):
+    """{layer: (A, B)} of a LoRA for the model in a directory, with values that depend on the seed."""
+    shapes = weight_shapes(directory)
+    pairs = {}
+    for i, layer in enumerate(layers):
+        out, *wide = shapes[f"{layer}.weight"]
+        pairs[layer] = 0.1 * draw((rank, *wide), seed + 2 * i), 0.1 * draw((out, rank), seed + 2 * i + 1)
+    return pairs
+
+
+def write_lora(path, pairs):
+    """Write A and B under the names of this project; returns the path as text."""
+    tensors = {}
+    for layer, matrices in pairs.items():
+        for part, matrix in zip("AB", matrices, strict=True):
+            tensors[f"diffusion_model.{layer}.lora_{part}.weight"] = matrix
+    save_file(tensors, path)
+    return str(path)
 
 
 def checkpointing(block, *inputs):

@@ -227,6 +227,7 @@ TENSORS = {
     "clips/prompts.safetensors": ["train_prfl"],
     "convert/query.pth": ["score convert"],
     "convert/mlp.pth": ["score convert"],
+    "lora/q.safetensors": ["lora", "train_prfl lora"],
     "published/a_latents.npy": ["train_prfl published"],
     "published/a_short.npy": ["train_prfl published"],
     "run/samples/step_000000/0.safetensors": ["train_prfl resume samples"],

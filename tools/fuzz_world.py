@@ -18,6 +18,7 @@ import data
 import demo
 import files
 import label
+import lora
 import monitor  # noqa: F401  imported once, before the forks
 import plot
 import sample
@@ -27,12 +28,12 @@ import train_prfl
 from clip import CLIP_FILE, CLIPVisionModel
 from t5 import SPIECE_FILE, T5_FILE, UMT5Encoder
 from testdata.golden import draw
-from testdata.helpers import brightening, fill_pavrm, fill_vae, tiny
+from testdata.helpers import brightening, fill_pavrm, fill_vae, lora_pairs, tiny, write_lora
 from tools import bench
 from video import write_video
 
 SCRIPTS = {"train_prfl": train_prfl, "train_pavrm": train_pavrm, "sample": sample, "score": score,
-           "data": data, "label": label, "plot": plot, "bench": bench, "demo": demo}
+           "data": data, "label": label, "plot": plot, "lora": lora, "bench": bench, "demo": demo}
 
 
 class Command(NamedTuple):
@@ -54,7 +55,8 @@ BENCH = "--dit tiny --size 32x32 --frames 5 --repeats 1"
 COMMANDS = {
     "train_prfl": Command(f"{PRFL} --samples 0"),
     "train_prfl samples": Command(f"{PRFL} --samples 1 --sample_every 1"),
-    "train_prfl lora": Command(f"{PRFL} --samples 0 --lora_rank 2"),
+    "train_prfl lora": Command(f"{PRFL} --samples 0 --lora_rank 2 --lora_targets q "
+                               "--lora_from lora/q.safetensors"),
     "train_prfl rwr": Command(f"{PRFL} --samples 0 --phases rwr"),
     "train_prfl sharded": Command(f"{PRFL} --samples 0 --model sharded"),
     "train_prfl published": Command(f"{PRFL} --samples 0 --data published/p.list"),
@@ -83,6 +85,7 @@ COMMANDS = {
     "plot": Command("run", ("run/dashboard.png",)),
     "plot pavrm": Command("pavrm", ("pavrm/dashboard.png",)),
     "plot scores": Command("scores/scores.json", ("scores/scores.png",)),
+    "lora": Command("--merge t2v lora/q.safetensors=0.5 --output out"),
     "bench": Command(f"forward {BENCH}"),
     "bench lora": Command(f"gradient {BENCH} --lora_rank 2"),
     "bench prfl": Command(f"prfl {BENCH} --k 0 --solver_steps 2"),
@@ -140,6 +143,9 @@ def make_models(root):
     torch.save(CLIPVisionModel(8, 4, 80, 1, 2, 8).state_dict(), root / "i2v" / CLIP_FILE)
     with mock.patch("files.SHARD_BYTES", 200_000):
         models["t2v"].save_pretrained(root / "sharded")
+    layers = ["blocks.0.self_attn.q", "blocks.0.cross_attn.q"]
+    (root / "lora").mkdir()
+    write_lora(root / "lora/q.safetensors", lora_pairs(layers, root / "t2v", rank=2))
     pavrm = fill_pavrm(models["t2v"].config, 1, 3, 4)
     pavrm.save_pretrained(root / "reward")
     (root / "convert").mkdir()
