@@ -9,13 +9,13 @@ import logging
 import os
 import shutil
 import sysconfig
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 from files import InputError
 
@@ -75,9 +75,9 @@ def block_runner(args, device):
     """The function with which a model runs each block (`model.run_block`), according to the flags."""
     offload = Offload(device) if "inputs" in args.offload else None
     compiled = compiles(args, device)
-    options = {}
+    contexts = noop_context_fn
     if args.save_attention:
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, ATTENTION)
+        contexts = partial(create_selective_checkpoint_contexts, ATTENTION)
 
     def run_block(block, x, *rest):
         # The first block's input may differ in dtype and requires_grad from that of the others. Making
@@ -92,12 +92,39 @@ def block_runner(args, device):
         checkpointed = args.activation_checkpointing and backward
         with offload.of(x) if offload and checkpointed else nullcontext():
             if checkpointed and not (compiled and args.save_attention):
-                x = checkpoint(block, x, *rest, use_reentrant=False, **options)
+                x = checkpoint(block, x, *rest, use_reentrant=False, context_fn=as_it_is(block, contexts))
             else:
                 x = block(x, *rest)
         return x.bfloat16() if args.bf16_residual else x
 
     return run_block
+
+
+def as_it_is(block, contexts):
+    """The context_fn of a checkpoint that computes a block again with its adapters as they are now.
+
+    They may be off now, and by the time of backward `lora.without_adapters` has turned them on again. A
+    compiled block has a graph for either state. contexts: another context_fn, which holds too.
+    """
+    state = {layer: layer.adapter_on for layer in block.modules() if hasattr(layer, "adapter_on")}
+
+    def swap():
+        for layer, on in state.items():
+            state[layer], layer.adapter_on = layer.adapter_on, on
+
+    @contextmanager
+    def again(context):
+        swap()
+        try:
+            with context:
+                yield
+        finally:
+            swap()
+
+    def forward_and_again():
+        forward, recomputation = contexts()
+        return forward, again(recomputation)
+    return forward_and_again
 
 
 class Offload:

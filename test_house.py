@@ -10,7 +10,7 @@ import pytest
 from testdata.helpers import ROOT
 
 READING_SET = ["train_prfl.py", "reward.py", "solver.py", "model.py", "parallel.py"]
-STAGES = {"train_prfl", "train_pavrm", "sample", "score", "data"}
+STAGES = {"train_prfl", "train_pavrm", "train_reward_fl", "sample", "score", "data"}
 MODULES = {path.stem: path for path in ROOT.glob("*.py") if not path.stem.startswith("test_")}
 FILES = [*ROOT.glob("*.py"), *ROOT.glob("tools/*.py"), *ROOT.glob("testdata/*.py")]
 TESTS = [path for path in FILES if path.stem.startswith("test_") or path.stem in ("conftest", "helpers")]

@@ -1,8 +1,5 @@
 """One process or several: the same losses, gradients and weights. Memory, speed, precision."""
 import math
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -29,6 +26,7 @@ from testdata.helpers import (
     numbers,
     read_log,
     run,
+    spawn,
     steps,
     watched,
     weights_of,
@@ -40,47 +38,6 @@ from video import read_video
 HAS_CUDA = torch.cuda.is_available()
 
 # ------------------------------------------------------------------------------ several processes
-
-DRIVER = """
-import importlib, json, os, sys
-import torch.distributed as dist
-import records, train_pavrm, train_prfl, watch
-
-ranks = int(sys.argv[1])
-children = []
-for rank in range(ranks):  # forked, so that everything is imported only once
-    children.append(os.fork())
-    if children[-1] == 0:
-        break
-else:
-    sys.exit(any(os.waitpid(child, 0)[1] for child in children))
-os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-os.environ |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-dist.init_process_group("gloo", init_method="file://" + os.path.abspath("store"), rank=rank, world_size=ranks)
-dist.init_process_group = lambda *_, **__: None  # the processes stay together from run to run
-save = records.Checkpoints.save
-for name, flags, resumed in json.load(open("jobs.json")):
-    records.Checkpoints.save = save if resumed else lambda *_: None
-    importlib.import_module(name).main(flags)
-watch.stop()
-"""
-
-
-def spawn(processes, jobs):
-    """Run [(script, flags)] one after the other, each in all of `processes` processes.
-
-    The processes meet through a file, so no port is needed. Only runs that are resumed save checkpoints.
-    """
-    outputs = [flags[flags.index("--output") + 1] for _, flags in jobs]
-    resumed = [outputs.count(output) > 1 for output in outputs]
-    described = []
-    for (script, flags), again in zip(jobs, resumed, strict=True):
-        described.append((script.__name__, flags, again))
-    files.write_json("jobs.json", described)
-    Path("store").unlink(missing_ok=True)
-    done = subprocess.run([sys.executable, "-c", DRIVER, str(processes)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-
 
 def test_one_process_or_two_with_options_of_every_kind(several_labels):
     """Losses, norms, rewards, measures and results are the same. Two processes also stop and resume once."""

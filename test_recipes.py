@@ -9,6 +9,7 @@ import torch
 import files
 import train_pavrm
 import train_prfl
+import train_reward_fl
 from model import WanConfig, WanModel
 from reward import PAVRM
 
@@ -17,11 +18,14 @@ NAMES = ["pavrm_t2v_14B_480P", "pavrm_t2v_14B_720P", "pavrm_i2v_14B_480P", "pavr
          "pavrm_bt_i2v_14B_720P",  # the only one that was published with Bradley-Terry
          "prfl_t2v_14B_480P", "prfl_t2v_14B_720P", "prfl_i2v_14B_480P", "prfl_i2v_14B_720P"]
 TINY = ["tiny_pavrm", "tiny_prfl"]
+REWARD_FL = ["reward_fl_i2v_A14B"]  # test_train_reward_fl.py holds its values
 MANIFESTS = {"Wan2.1-T2V-14B": "Wan2.1-T2V-14B", "Wan2.1-I2V-14B-480P": "Wan2.1-I2V-14B",
              "Wan2.1-I2V-14B-720P": "Wan2.1-I2V-14B"}
 
 
 def stage(name):
+    if name in REWARD_FL:
+        return train_reward_fl
     return train_pavrm if "pavrm" in name else train_prfl
 
 
@@ -43,13 +47,14 @@ def size(shapes):
 
 
 def test_all_published_settings_are_there():
-    assert {path.name for path in (ROOT / "recipes").iterdir()} == {f"{name}.args" for name in NAMES + TINY}
+    assert {path.name for path in (ROOT / "recipes").iterdir()} == {
+        f"{name}.args" for name in NAMES + TINY + REWARD_FL}
 
 
 def pages():
     """{name: text} of the documents and of the files whose heads show commands."""
     files = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("recipes/*.args")]
-    files += [ROOT / name for name in ("train_pavrm.py", "train_prfl.py", "cli.py")]
+    files += [ROOT / name for name in ("train_pavrm.py", "train_prfl.py", "train_reward_fl.py", "cli.py")]
     return {str(file.relative_to(ROOT)): file.read_text().replace("\\\n", " ") for file in files}
 
 
@@ -57,7 +62,7 @@ def test_recipes_that_are_mentioned_exist():
     mentioned = set()
     for text in pages().values():
         mentioned |= set(re.findall(r"recipes/(\w+)\.args", text))
-    assert mentioned >= set(TINY) and mentioned <= set(NAMES + TINY)
+    assert mentioned >= set(TINY) and mentioned <= set(NAMES + TINY + REWARD_FL)
 
 
 def test_commands_that_begin_with_a_recipe_run():

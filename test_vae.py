@@ -3,6 +3,7 @@ import json
 
 import pytest
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 
 from files import InputError
 from testdata.golden import agree, draw, fill_
@@ -60,6 +61,57 @@ def test_what_is_held_does_not_grow_with_the_length(half):
         longest = max(chunk.shape[2] for chunk, _ in calls)
         held.append((longest, sum(tensor.untyped_storage().nbytes() for tensor in tensors)))
     assert held[0] == held[1] and held[0][0] == {"encoder": 4, "decoder": 1}[half]
+
+
+class Saved:
+    """`with Saved() as saved:` counts the bytes that autograd saves, each storage once."""
+
+    def __enter__(self):
+        self.kept = {}
+        self.hooks = saved_tensors_hooks(self.pack, lambda tensor: tensor)
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self.hooks.__exit__(*error)
+
+    def pack(self, tensor):
+        storage = tensor.untyped_storage()
+        self.kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    @property
+    def bytes(self):
+        return sum(self.kept.values())
+
+
+def test_decoding_again_changes_nothing_but_memory():
+    """The same pixels and gradient; what is kept for a further latent frame is that frame and its cache."""
+    vae = WanVAE(dim=4)
+    fill_(vae.state_dict(), 0)
+    vae.requires_grad_(False)
+    kept, found, calls, decoder = {}, {}, {}, []
+    vae.decoder.register_forward_pre_hook(lambda module, inputs: decoder.append(inputs))
+    for recompute in (False, True):
+        for frames in (3, 5):
+            z = draw((1, 16, frames, 4, 6), 1).requires_grad_()
+            with Saved() as saved:
+                video = vae.decode(z, recompute=recompute)
+            kept[recompute, frames] = saved.bytes
+            decoder.clear()
+            (video * draw(video.shape, 2)).sum().backward()
+            calls[recompute] = len(decoder)
+            found[recompute, frames] = video.detach(), z.grad
+    for frames in (3, 5):
+        (video, grad), (again, grad_again) = found[False, frames], found[True, frames]
+        assert agree(again, video, 1e-6) and agree(grad_again, grad, 1e-5)
+    assert calls == {False: 0, True: 5}
+    _, cache = decoder[0]
+    held = sum(tensor.untyped_storage().nbytes() for tensor in cache.values() if torch.is_tensor(tensor))
+    assert all(frame.shape[2] == 1 for frame, _ in decoder)
+    per_frame = (kept[True, 5] - kept[True, 3]) / 2
+    assert held <= per_frame < 1.02 * held
+    assert kept[True, 5] < kept[False, 5] / 5
 
 
 def test_pth_round_trip(tmp_path):

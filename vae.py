@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from files import InputError, check_form, load_weights, weight_shapes
 
@@ -231,9 +232,26 @@ class WanVAE(nn.Module):
         mean, std = self.statistics(latent)
         return (latent - mean) / std
 
-    def decode(self, latents):
-        """Normalised latents (B, 16, 1 + n, h, w) -> video (B, 3, 1 + 4n, 8h, 8w), not clamped to [-1, 1]."""
+    def decode(self, latents, recompute=False):
+        """Normalised latents (B, 16, 1 + n, h, w) -> video (B, 3, 1 + 4n, 8h, 8w), not clamped to [-1, 1].
+
+        recompute: for backward keep only what goes into each latent frame's pass through the decoder, the
+        frame and the cache, and decode again there, one frame at a time. Values and gradients are the same.
+        """
         mean, std = self.statistics(latents)
-        cache = {}
-        z = self.conv2(latents * std + mean, cache)
-        return torch.cat([self.decoder(frame, cache) for frame in z.split(1, dim=2)], dim=2)
+        z = self.conv2(latents * std + mean, {})
+        cache, video = {}, []
+        for frame in z.split(1, dim=2):
+            if recompute:
+                # The cache goes in as separate tensors, so that autograd saves them as it saves others.
+                pixels, cache = checkpoint(self._decode_frame, frame, list(cache), *cache.values(),
+                                           use_reentrant=False)
+            else:
+                pixels = self.decoder(frame, cache)
+            video.append(pixels)
+        return torch.cat(video, dim=2)
+
+    def _decode_frame(self, frame, layers, *held):
+        """One latent frame -> (its pixels, the new cache); the old cache maps `layers` to `held`."""
+        cache = dict(zip(layers, held, strict=True))
+        return self.decoder(frame, cache), cache

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import parallel
 from clips import Order
-from files import weight_shapes
+from files import weight_shapes, write_json
 from model import WanConfig, WanModel
 from reward import PAVRM
 from testdata.golden import draw, fill_
@@ -147,12 +147,15 @@ PAVRM_FLAGS = ["--train", "clips/index.jsonl", "--val", "clips/index.jsonl", "--
                "--lr", "1e-3", "--head_lr", "1e-3", "--eval_every", "100", "--eval_timesteps", "600"]
 PRFL_FLAGS = ["--data", "clips/index.jsonl", "--reward", "reward", "--skip_poor", "none", "--batch_size", "2",
               "--lr", "1e-3", "--solver_steps", "6", "--accumulation", "2", "--sample_every", "0"]
+REWARD_FL_FLAGS = ["--data", "clips/index.jsonl", "--reward", "bright.py", "--batch_size", "2",
+                   "--lr", "1e-3", "--solver_steps", "4", "--first_step", "2", "--lora_rank", "3",
+                   "--sample_every", "0"]
 
 
 def flags_of(script, output, *flags):
-    """The flags of a small run of train_pavrm or train_prfl in the world; `flags` are added."""
-    inputs = {"train_pavrm": PAVRM_FLAGS, "train_prfl": PRFL_FLAGS}[script.__name__]
-    return ["--model", "model", *inputs, "--output", output, *flags]
+    """The flags of a small run of a training script in the world; `flags` are added."""
+    inputs = {"train_pavrm": PAVRM_FLAGS, "train_prfl": PRFL_FLAGS, "train_reward_fl": REWARD_FL_FLAGS}
+    return ["--model", "model", *inputs[script.__name__], "--output", output, *flags]
 
 
 def run(script, output, *flags):
@@ -171,6 +174,47 @@ def torchrun(processes, script, *flags):
     done = subprocess.run([*command, str(script), *map(str, flags)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return done
+
+
+DRIVER = """
+import importlib, json, os, sys
+import torch.distributed as dist
+import records, train_pavrm, train_prfl, train_reward_fl, watch
+
+ranks = int(sys.argv[1])
+children = []
+for rank in range(ranks):  # forked, so that everything is imported only once
+    children.append(os.fork())
+    if children[-1] == 0:
+        break
+else:
+    sys.exit(any(os.waitpid(child, 0)[1] for child in children))
+os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+os.environ |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+dist.init_process_group("gloo", init_method="file://" + os.path.abspath("store"), rank=rank, world_size=ranks)
+dist.init_process_group = lambda *_, **__: None  # the processes stay together from run to run
+save = records.Checkpoints.save
+for name, flags, resumed in json.load(open("jobs.json")):
+    records.Checkpoints.save = save if resumed else lambda *_: None
+    importlib.import_module(name).main(flags)
+watch.stop()
+"""
+
+
+def spawn(processes, jobs):
+    """Run [(script, flags)] one after the other, each in all of `processes` processes.
+
+    The processes meet through a file, so no port is needed. Only runs that are resumed save checkpoints.
+    """
+    outputs = [flags[flags.index("--output") + 1] for _, flags in jobs]
+    resumed = [outputs.count(output) > 1 for output in outputs]
+    described = []
+    for (script, flags), again in zip(jobs, resumed, strict=True):
+        described.append((script.__name__, flags, again))
+    write_json("jobs.json", described)
+    Path("store").unlink(missing_ok=True)
+    done = subprocess.run([sys.executable, "-c", DRIVER, str(processes)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 def read_log(output):
