@@ -56,3 +56,9 @@ LOG = {"step": range(10**9), "evaluation?": dict, "loss_by_timestep?": dict, "k?
 SCORES = {
     "reward_model": str, "timesteps": [Number(0, 1000)], "measures?": {str: {str: {str: (float, None)}}},
     "scores": [{"name": str, "reward": float, "rewards": {str: [float]}}]}
+
+# config.json of an ONNX network, written by onnx_net.py: its nodes in an order in which they can be computed.
+# The attributes' forms are beside the operators (onnx_operators.py).
+ONNX_GRAPH = {
+    "opset": range(7, 29), "inputs": [str], "outputs": [str],
+    "nodes": [{"operator": str, "inputs": [str], "outputs": [str], "attributes": dict}]}
