@@ -37,7 +37,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import files
 import gpu as gpu_module
 import model
-import parallel
 import sample
 import score
 import train_pavrm
@@ -237,7 +236,8 @@ def a_gpu():
     init, sdpa, kernel_of = dist.init_process_group, F.scaled_dot_product_attention, torch._fused_sdp_choice
     data, generator = torch.Tensor.data, torch.Generator
     cuda = dict(is_available=True, is_initialized=True, _lazy_init=None, device_count=1, current_device=0,
-                set_device=None, get_device_capability=(9, 0), get_device_properties=SimpleNamespace(uuid="GPU-0", total_memory=80e9),
+                set_device=None, get_device_capability=(9, 0),
+                get_device_properties=SimpleNamespace(uuid="GPU-0", total_memory=80e9),
                 is_current_stream_capturing=False, max_memory_allocated=0, reset_peak_memory_stats=None,
                 Stream=MagicMock(), Event=MagicMock(), current_stream=MagicMock(), stream=MagicMock())
 
