@@ -235,11 +235,12 @@ def a_gpu():
     """`with a_gpu() as gpu:` this machine seems to have one GPU."""
     init, sdpa, kernel_of = dist.init_process_group, F.scaled_dot_product_attention, torch._fused_sdp_choice
     data, generator = torch.Tensor.data, torch.Generator
+    stream = MagicMock(is_capturing=lambda: False)
     cuda = dict(is_available=True, is_initialized=True, _lazy_init=None, device_count=1, current_device=0,
                 set_device=None, get_device_capability=(9, 0),
                 get_device_properties=SimpleNamespace(uuid="GPU-0", total_memory=80e9),
                 is_current_stream_capturing=False, max_memory_allocated=0, reset_peak_memory_stats=None,
-                Stream=MagicMock(), Event=MagicMock(), current_stream=MagicMock(), stream=MagicMock())
+                Stream=stream, current_stream=stream, stream=stream, Event=MagicMock())
 
     def attention(q, k, v):  # a CPU's kernels, which PyTorch would not choose for our tensors
         if not isinstance(q, OnGpu):
@@ -269,7 +270,7 @@ def a_gpu():
     with pytest.MonkeyPatch.context() as patch:
         for name, value in cuda.items():
             patch.setattr(torch.cuda, name, lambda *_, value=value, **__: value)
-        patch.setattr(torch.accelerator, "current_stream", MagicMock())
+        patch.setattr(torch.accelerator, "current_stream", lambda *_: stream)
         patch.setattr(dist, "init_process_group",
                       lambda backend, **rest: init(backend.replace("nccl", "gloo"), **rest))
         patch.setattr(F, "scaled_dot_product_attention", attention)

@@ -210,7 +210,7 @@ def test_all_weights_can_be_trained(pixels, monkeypatch):
 
 def test_the_score_rises(pixels):
     """That of samples with fixed noise, by the reward of docs/reward_fl.md; a second one is reported."""
-    (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/reward_fl.md").read_text(), re.DOTALL)
+    snippet, *_ = re.findall(r"```python\n(.*?)```", (ROOT / "docs/reward_fl.md").read_text(), re.DOTALL)
     assert snippet == (ROOT / "demo/bright.py").read_text()
     Path("bright.py").write_text(snippet)
     flags = ["--steps", "10", "--lr", "2e-2", "--kl_weight", "0.001", "--report", "red.py",
