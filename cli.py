@@ -157,10 +157,10 @@ def add_merged(group):
 
 def add_lora(group):
     """Flags about adapters."""
-    add_merged(group)
     add = group.add_argument
     add("--lora_rank", type=whole(0, 10_000), default=0,
-        help="rank of LoRA adapters, which train beside frozen weights; 0 trains the weights; published: 128")
+        help="rank of LoRA adapters, which train beside frozen weights; 0 trains the weights; published: "
+             "128 for PRFL, 32 for Reward FL")
     add("--lora_alpha", type=Number(0.001, 10**6),
         help="numerator of the adapters' scale alpha / rank (default: the rank)")
     add("--lora_targets", nargs="+", default=["q", "k", "v", "o"], help="linear layers that get adapters")

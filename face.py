@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from files import NOTHING, InputError, Number
+from files import NOTHING, InputError, Number, check_form
 
 # Where ArcFace wants the eyes, the nose and the corners of the mouth in a crop of 112 pixels.
 ARCFACE = ((38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493, 92.3655),
@@ -38,7 +38,7 @@ PRESETS = {
         threshold=0.5, overlap=0.4, crop_size=150, crop_values=(0, 255), template=DLIB,
         mean=0.95, deviation=0.03)}
 
-# The form of a JSON file of settings (files.check_form): a preset, and what differs from it.
+# The form of FaceIdentity's settings (files.check_form): a preset, and what differs from it.
 SIDE = Number(32, 4096, 32)  # the detectors halve a picture five times
 SETTINGS = {
     "preset": set(PRESETS), "detector?": {"scrfd", "centerface"}, "detector_size?": [SIDE, SIDE],
@@ -264,11 +264,12 @@ class FaceIdentity:
     """Scores how much the faces of a generated clip are those of a reference clip.
 
     The networks are frozen, in float32 and on the clips' device. settings: the name of a preset and what
-    differs from it, a dict of the form SETTINGS. chunk: so many faces are embedded at a time. Backward
+    differs from it, a dict of the form SETTINGS. chunk: how many faces are embedded at a time. Backward
     computes a chunk's activations again, so that no more than one chunk's are in memory.
     """
 
     def __init__(self, detector_net, embedder_net, settings, chunk=8):
+        check_form(settings, SETTINGS, "the settings of FaceIdentity")
         preset = PRESETS[settings["preset"]]
         own = {**preset, **settings}
         template = torch.tensor(own["template"])
@@ -335,7 +336,3 @@ class FaceIdentity:
             each = cosines(ours.vectors.detach(), theirs).mean(1).cpu()
         details = {"boxes": ours.boxes, "landmarks": ours.landmarks, "cosines": each, "pairs": pairs}
         return score, ours.found, details
-
-    def standard(self, score):
-        """The score in standard deviations above the mean of this embedder's cosines."""
-        return (score - self.mean) / self.deviation

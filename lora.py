@@ -156,7 +156,7 @@ def main(argv=None):
     parser.add_argument("--merge", nargs="+", required=True, metavar=("BASE", "FILE[=STRENGTH]"),
                         help="official directory of a transformer, then LoRA files; without a strength: 1")
     parser.add_argument("--output", required=True, metavar="DIR",
-                        help="directory to write, in the layout and precision of BASE")
+                        help="directory to write, in BASE's layout and its weights' widest precision")
     args = parser.parse_args(argv)
     base, *texts = args.merge
     if not texts:

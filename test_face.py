@@ -219,7 +219,6 @@ def test_a_clip_and_its_reference():
         kept = model.faces(reference)
     assert model.score(video, kept)[0].item() == score.item()
     assert kept.vectors[1].eq(0).all() and kept.vectors[0].any()
-    assert model.standard(score).item() == pytest.approx((score.item() - 0.95) / 0.03, rel=1e-5)
     same = clip([FACES[0]] * 3)
     assert model.score(same[:1].expand(3, -1, -1, -1), same[:1].expand(2, -1, -1, -1))[0] == pytest.approx(1)
 

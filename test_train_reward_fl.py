@@ -264,9 +264,9 @@ def test_a_clip_without_a_score(pixels, monkeypatch):
     ("reward = 1", "mine.py has neither a function score.video, clip. nor a class Reward"),
     ("def score(video, clip): return (video > 0).float().mean()", "the score of clip 0 has no gradient"),
     ("import torch\ndef score(video, clip): return torch.ones((), requires_grad=True)", "has no gradient"),
-    ("def score(video, clip): return video.mean(0)", "score of clip 0 is a Tensor and not one number"),
-    ("def score(video, clip): return 0.5", "score of clip 0 is a float and not one number"),
-    ("deviation = 0\ndef score(video, clip): return video.mean()", "mine.py: deviation is 0; give a number"),
+    ("def score(video, clip): return video.mean(0)", "is a Tensor and not a tensor of one number"),
+    ("def score(video, clip): return 0.5", "score of clip 0 is a float and not a tensor of one number"),
+    ("deviation = 0\ndef score(video, clip): return video.mean()", "deviation 0; give two numbers"),
 ])
 def test_rewards_that_cannot_be_followed(pixels, text, message):
     Path("mine.py").write_text(text)

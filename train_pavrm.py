@@ -71,6 +71,7 @@ def parse_args(argv=None):
     add("--num_queries", type=cli.whole(1, 10_000), default=1,
         help="learned queries of the query pool")
     cli.add_noise_levels(group)
+    cli.add_merged(group)
     cli.add_lora(group)
 
     group = parser.add_argument_group("optimization")

@@ -67,6 +67,7 @@ def parse_args(argv=None):
     add("--output", default="outputs/prfl", help="directory of the run: model, checkpoints, samples, log")
     cli.add_captions(group, long_caption=0.7, drop_prompt=0.1)
     group = parser.add_argument_group("adapters")
+    cli.add_merged(group)
     cli.add_lora(group)
     group.add_argument("--lora_from", metavar="FILE",
                        help="LoRA file with which the adapters start; its rank and layers must be theirs")

@@ -71,7 +71,8 @@ def parse_args(argv=None):
     add("--first_step", type=cli.whole(0, 999), default=4,
         help="the first solver step with gradient, counted from 0; the last is always N - 1")
     add("--reward_weight", type=cli.Number(0, 10**6), default=0.1, help="weight of the normalised score")
-    add("--kl_weight", type=cli.Number(0, 10**6), default=1.0, help="weight of kl; 0 saves the passes for it")
+    add("--kl_weight", type=cli.Number(0, 10**6), default=1.0,
+        help="weight of kl; 0 saves the reference's passes")
 
     group = parser.add_argument_group("optimization")
     group.add_argument("--steps", type=cli.whole(1), default=500, help="optimizer steps")
@@ -141,7 +142,7 @@ class Reward:
         returns  a tensor of one number with a gradient with respect to the video; or None where the clip
                  cannot be scored: then kl alone teaches
 
-    `mean` and `deviation` in the file (of the class) say how scores are normalised; without them 0 and 1.
+    `mean` and `deviation`, numbers of the file or the object, normalise scores; without them 0 and 1.
     """
 
     def __init__(self, path, args, device):
@@ -154,8 +155,9 @@ class Reward:
         if not callable(self.function):
             raise InputError(f"{path} has neither a function score(video, clip) nor a class Reward with it; "
                              f"docs/reward_fl.md shows one")
-        if not self.deviation > 0:
-            raise InputError(f"{path}: deviation is {self.deviation}; give a number above 0")
+        if callable(self.mean) or callable(self.deviation) or not self.deviation > 0:
+            raise InputError(f"{path}: mean is {self.mean} and deviation {self.deviation}; give two "
+                             f"numbers, the second above 0")
 
     def __call__(self, video, entry):
         """The score of a video, a float32 scalar, or None."""
@@ -164,8 +166,8 @@ class Reward:
             return None
         name = entry["source_id"]
         if not torch.is_tensor(score) or score.numel() != 1:
-            raise InputError(f"{self.path}: the score of clip {name} is a {type(score).__name__} and not one "
-                             f"number; return a tensor of one number, or None")
+            raise InputError(f"{self.path}: the score of clip {name} is a {type(score).__name__} and not a "
+                             f"tensor of one number; return such a tensor, or None")
         if torch.is_grad_enabled() and not score.requires_grad:
             raise InputError(f"{self.path}: the score of clip {name} has no gradient{HOW}")
         return score.float().reshape(())
@@ -181,7 +183,7 @@ def try_out(reward, report, video, entry):
     if score is not None and torch.autograd.grad(score, video, allow_unused=True)[0] is None:
         raise InputError(f"{reward.path}: the score has no gradient{HOW}")
     with torch.no_grad():
-        return score, report and report(video, entry)
+        return None if score is None else score.detach(), report and report(video, entry)
 
 
 def mean_of_scores(scores):
