@@ -232,8 +232,12 @@ def kill(name, directory, first, moment, during):
 
 
 def leftovers(directory):
-    found = [path for path in directory.rglob(".*") if path.suffix in (".new", ".old")]
-    return sorted(str(path.relative_to(directory)) for path in found)
+    """Files and directories under a temporary name. A child may be at work on them."""
+    found = []
+    for folder, folders, files in os.walk(directory):  # passes over what vanishes meanwhile; rglob fails
+        names = [name for name in folders + files if name[0] == "." and name.endswith((".new", ".old"))]
+        found += [str(Path(folder, name).relative_to(directory)) for name in names]
+    return sorted(found)
 
 
 def kill_saves(directory, kills, seed=0):
