@@ -234,8 +234,8 @@ def kill(name, directory, first, moment, during):
 def leftovers(directory):
     """Files and directories under a temporary name. A child may be at work on them."""
     found = []
-    for folder, folders, files in os.walk(directory):  # passes over what vanishes meanwhile; rglob fails
-        names = [name for name in folders + files if name[0] == "." and name.endswith((".new", ".old"))]
+    for folder, folders, others in os.walk(directory):  # passes over what vanishes meanwhile; rglob fails
+        names = [name for name in folders + others if name[0] == "." and name.endswith((".new", ".old"))]
         found += [str(Path(folder, name).relative_to(directory)) for name in names]
     return sorted(found)
 
