@@ -155,6 +155,11 @@ def offloads(model, args):
     return "weights" in args.offload or ("reward" in args.offload and frozen)
 
 
+def storage(model, args, device):
+    """Where a sharded model's weights are between uses."""
+    return torch.device("cpu") if offloads(model, args) else device
+
+
 def gathers(args, model, device):
     """Whether a model's weights stay gathered during a rollout: faster, where memory is plentiful.
 

@@ -208,7 +208,7 @@ def load_pavrm(pavrm, layers, args, device):
     dit = pavrm.dit
     parallel.shard(pavrm, dit, pavrm.heads, device, args)
     ignore = ["head.", *(f"blocks.{i}." for i in range(len(dit.blocks), layers))]
-    load_weights(dit, args.model, ignore=ignore, device="cpu" if parallel.offloads(pavrm, args) else device,
+    load_weights(dit, args.model, ignore=ignore, device=parallel.storage(pavrm, args, device),
                  merge=merging(args.lora, args.model))
     start_lora(dit, args.seed)
     dit.run_block = block_runner(args, device)

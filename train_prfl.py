@@ -228,7 +228,7 @@ def load(model, dit, heads, directory, run_block, device, args, merge=None):
     `dit` is its transformer, `heads` the modules at its end, `merge` what LoRA files change in the weights.
     """
     parallel.shard(model, dit, heads, device, args)
-    load_weights(model, directory, device="cpu" if parallel.offloads(model, args) else device, merge=merge)
+    load_weights(model, directory, device=parallel.storage(model, args, device), merge=merge)
     dit.run_block = run_block
 
 

@@ -257,7 +257,7 @@ def load(parts, run_block, device, args):
     """Shard transformers that have no weights yet over all processes, and read each process's part."""
     for folder, dit in parts.items():
         parallel.shard(dit, dit, [dit.head], device, args)
-        load_weights(dit, Path(args.model, folder), device="cpu" if parallel.offloads(dit, args) else device)
+        load_weights(dit, Path(args.model, folder), device=parallel.storage(dit, args, device))
         dit.run_block = run_block
 
 
@@ -328,15 +328,15 @@ def main(argv=None):
                                   fused=device.type == "cuda")
     ema = EMA(learner, args) if args.ema else None
     checkpoints = records.Checkpoints(args, learner, optimizer, ema)
-    first_step = checkpoints.load() if args.resume else 0
-    log = records.Log(args, first_step, device)
+    start = checkpoints.load() if args.resume else 0
+    log = records.Log(args, start, device)
     log.say(f"training {args.model} on {len(clips)} clips; {records.describe(args, policy, device)}")
     log.say(f"the real clip {sample['entry']['source_id']} has the score {show(real[0])}"
             + (f", reported {show(real[1])}" if report else ""))
     for warning in order.repeated:
         log.say(warning)
     look = partial(evaluate, policy, reward, report, vae, clips, solver, args, device, log)
-    if sample_every and first_step == 0:
+    if sample_every and start == 0:
         look(0)
         log.pause()
 
@@ -351,8 +351,8 @@ def main(argv=None):
 
     context = partial(parallel.rollout, policy, parallel.gathers(args, policy, device))
     records.stop_on_signals(log)
-    done, stopped_by = first_step, None
-    for step, loaded in prefetch(read, range(first_step, args.steps)):
+    done, stopped_by = start, None
+    for step, loaded in prefetch(read, range(start, args.steps)):
         for group in optimizer.param_groups:
             group["lr"] = args.lr * parallel.learning_rate_factor(step, args)
         optimizer.zero_grad()

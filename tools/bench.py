@@ -134,7 +134,7 @@ def randomize(model, dit, heads, device, args):
     """Shard a model that is on the meta device as training does, and give it small random weights where they
     will stay."""
     parallel.shard(model, dit, heads, device, args)
-    model.to_empty(device="cpu" if parallel.offloads(model, args) else device)
+    model.to_empty(device=parallel.storage(model, args, device))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.to_local().normal_(std=0.02)
